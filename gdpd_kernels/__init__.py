@@ -1,0 +1,1 @@
+"""Kernels that run a whole diffusion reverse sampler, forward and backward, as one operation."""
