@@ -1,0 +1,240 @@
+"""Finding and reading the files of a data set: aeon's bundled sets or a user's UCR/UEA folder, never the network.
+
+aeon's own loaders download what they do not find. Here a file must exist before any reader is called, and
+only the readers of single files are used.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+EXTENSIONS = (".ts", ".tsv", ".arff")  # in the order of preference when a folder holds several
+
+
+@dataclass(frozen=True)
+class DatasetFiles:
+    """The files of one data set.
+
+    Attributes:
+        name: name of the set (the file name up to ``_TRAIN``).
+        train: file with the training series, or with all series when ``test`` is None.
+        test: file with the test series, or None when the set comes in one file.
+        source: ``"aeon"`` for a set inside aeon's wheel, else the folder.
+    """
+
+    name: str
+    train: Path
+    test: Path | None
+    source: str
+
+
+def bundled_folder() -> Path | None:
+    """Folder of the data sets that aeon ships inside its wheel, or None without aeon. Does not import aeon."""
+    spec = importlib.util.find_spec("aeon")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    folder = Path(next(iter(spec.submodule_search_locations))) / "datasets" / "data"
+    return folder if folder.is_dir() else None
+
+
+def import_readers() -> Any:
+    """aeon's module of file readers.
+
+    Raises:
+        ImportError: aeon is not installed; names the extra that brings it.
+    """
+    try:
+        import aeon.datasets as readers
+    except ImportError as error:
+        raise ImportError(
+            "reading .ts, .tsv and .arff files needs aeon, which is not installed; "
+            'install it with: pip install "gdpd-kernels[data]"'
+        ) from error
+    return readers
+
+
+def find_files(name_or_path: str | os.PathLike[str], data_dir: str | os.PathLike[str] | None = None) -> DatasetFiles:
+    """Locate the files of a data set.
+
+    A bare name is looked for in ``data_dir`` (when given), then among aeon's bundled sets, then as a folder
+    or file of the working directory. Anything with a path separator, or a ``Path``, is a folder or a file.
+
+    Args:
+        name_or_path: name of a set, folder of a set, or one file of it.
+        data_dir: folder that holds data sets, each in a folder of its own or directly.
+
+    Raises:
+        FileNotFoundError: nothing found; the message lists every path that was tried and names close by.
+        ValueError: a folder holds several data sets, so that the choice would be a guess.
+    """
+    tried: list[Path] = []
+    text = os.fspath(name_or_path)
+    is_path = isinstance(name_or_path, os.PathLike) or os.sep in text or "/" in text
+    if data_dir is not None and not Path(data_dir).is_dir():
+        raise FileNotFoundError(f"data_dir={os.fspath(data_dir)!r} is not a folder")
+    if not is_path:
+        roots = [] if data_dir is None else [(Path(data_dir), os.fspath(data_dir))]
+        bundled = bundled_folder()
+        if bundled is not None:
+            roots.append((bundled, "aeon"))
+        for root, source in roots:
+            # aeon keeps JapaneseVowels_eq in the folder of JapaneseVowels
+            for folder in dict.fromkeys((root / text, root / text.rsplit("_", 1)[0], root)):
+                found = _pair(folder, text, source, tried)
+                if found is not None:
+                    return found
+    path = Path(text).expanduser()
+    if path.is_file():
+        return _from_file(path)
+    if path.is_dir():
+        return _from_folder(path, tried)
+    tried.append(path)
+    lines = [f"no files of a data set for {text!r}; paths tried:", *(f"  {item}" for item in tried)]
+    close = [] if is_path else difflib.get_close_matches(text, known_names(data_dir), n=3, cutoff=0.5)
+    if close:
+        lines.append(f"names close to it: {', '.join(close)}")
+    if bundled_folder() is None:
+        lines.append('aeon is not installed, so its bundled sets are missing: pip install "gdpd-kernels[data]"')
+    lines.append("nothing is ever downloaded: put NAME_TRAIN and NAME_TEST files (.ts, .tsv or .arff) in a folder")
+    raise FileNotFoundError("\n".join(lines))
+
+
+def known_names(data_dir: str | os.PathLike[str] | None = None) -> list[str]:
+    """Names of the sets that have a TRAIN file in ``data_dir`` or among aeon's bundled sets (files not opened)."""
+    roots = [root for root in (None if data_dir is None else Path(data_dir), bundled_folder()) if root is not None]
+    return sorted({files.name for root in roots for files in iter_files(root, "")})
+
+
+def iter_files(root: Path, source: str) -> Iterable[DatasetFiles]:
+    """Every data set directly in ``root`` or in one of its folders: TRAIN files and their TEST files if any."""
+    seen: set[str] = set()
+    for extension in EXTENSIONS:
+        for train in sorted([*root.glob(f"*_TRAIN{extension}"), *root.glob(f"*/*_TRAIN{extension}")]):
+            name = train.name.removesuffix(f"_TRAIN{extension}")
+            if name not in seen and (found := _pair(train.parent, name, source, [])) is not None:
+                seen.add(name)
+                yield found
+
+
+def _pair(folder: Path, name: str, source: str, tried: list[Path]) -> DatasetFiles | None:
+    """The TRAIN and TEST files of ``name`` in ``folder``; a set with both splits goes before one with TRAIN only."""
+    lone: DatasetFiles | None = None
+    for extension in EXTENSIONS:
+        train, test = folder / f"{name}_TRAIN{extension}", folder / f"{name}_TEST{extension}"
+        tried.append(train)
+        if train.is_file():
+            if test.is_file():
+                return DatasetFiles(name, train, test, source)
+            lone = lone or DatasetFiles(name, train, None, source)
+    for extension in EXTENSIONS:
+        whole = folder / f"{name}{extension}"
+        tried.append(whole)
+        if lone is None and whole.is_file():
+            lone = DatasetFiles(name, whole, None, source)
+    return lone
+
+
+def _from_file(path: Path) -> DatasetFiles:
+    if path.suffix not in EXTENSIONS:
+        raise ValueError(f"{path} has the extension {path.suffix!r}; the readers take {', '.join(EXTENSIONS)}")
+    for split in ("_TRAIN", "_TEST"):
+        if path.stem.endswith(split):
+            name = path.stem.removesuffix(split)
+            train, test = (path.with_name(f"{name}{part}{path.suffix}") for part in ("_TRAIN", "_TEST"))
+            if train.is_file():
+                return DatasetFiles(name, train, test if test.is_file() else None, os.fspath(path.parent))
+    return DatasetFiles(path.stem, path, None, os.fspath(path.parent))
+
+
+def _from_folder(folder: Path, tried: list[Path]) -> DatasetFiles:
+    source = os.fspath(folder)
+    found = _pair(folder, folder.resolve().name, source, tried)
+    if found is not None:
+        return found
+    candidates = {f.name: f for f in iter_files(folder, source) if f.train.parent == folder}
+    if not candidates:
+        tried.append(folder / "*")
+        for extension in EXTENSIONS:
+            for path in sorted(folder.glob(f"*{extension}")):
+                item = _from_file(path)
+                candidates.setdefault(item.name, item)
+    if len(candidates) == 1:
+        return next(iter(candidates.values()))
+    if candidates:
+        raise ValueError(
+            f"{folder} holds several data sets ({', '.join(sorted(candidates))}): name one of them, with "
+            f"data_dir={os.fspath(folder)!r}, or give the path of its TRAIN file"
+        )
+    lines = [f"no .ts, .tsv or .arff file in {folder}; paths tried:", *(f"  {item}" for item in tried)]
+    raise FileNotFoundError("\n".join(lines))
+
+
+def ts_header(path: Path) -> dict[str, str]:
+    """The ``@key value`` lines of a .ts file up to ``@data``, keys in lower case.
+
+    Raises:
+        ValueError: the file has no ``@data`` line (truncated, or not a .ts file).
+    """
+    header: dict[str, str] = {}
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            line = line.strip()
+            if line.lower() == "@data":
+                return header
+            if line.startswith("@"):
+                key, _, value = line[1:].partition(" ")
+                header[key.lower()] = value.strip()
+    raise ValueError(f"{path} has no @data line: it is truncated, or not a .ts file")
+
+
+def ts_unusable(header: dict[str, str]) -> str | None:
+    """Why a .ts file with this header cannot be classified here, or None when it can."""
+    if header.get("targetlabel", "false").split(" ")[0].lower() == "true":
+        return "it is a regression set (@targetlabel true): a class label per series is needed"
+    if header.get("timestamps", "false").lower() == "true":
+        # aeon's parser of time-stamped values looks for unsigned decimals only: -1.5 would silently become 1.5
+        return "it has time stamps (@timestamps true), whose values aeon's reader strips of their sign"
+    if not header.get("classlabel", "false").lower().startswith("true"):
+        return "it has no class labels (@classLabel true with the class names is missing)"
+    return None
+
+
+def read_file(path: Path) -> tuple[list[np.ndarray], np.ndarray]:
+    """Read one file with aeon's reader for its extension.
+
+    Returns:
+        ``(series, labels)``: a list of n float64 arrays ``(channels, length_i)``, NaN where the file has a
+        missing value, and an array ``(n,)`` of the labels as the file writes them (.ts: in lower case).
+
+    Raises:
+        FileNotFoundError: no such file (checked before aeon sees the path).
+        ValueError: the reader failed, or the set is not one for classification; names the file.
+        ImportError: aeon is missing.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    readers = import_readers()
+    if path.suffix == ".ts" and (reason := ts_unusable(ts_header(path))) is not None:
+        raise ValueError(f"{path} cannot be used: {reason}")
+    read = {
+        ".ts": readers.load_from_ts_file,
+        ".tsv": readers.load_from_tsv_file,
+        ".arff": readers.load_from_arff_file,
+    }[path.suffix]
+    try:
+        values, labels = read(os.fspath(path))
+        series = [np.atleast_2d(np.asarray(item, dtype=np.float64)) for item in values]
+    except Exception as error:  # aeon raises whatever its parsing stumbles on
+        raise ValueError(f"could not read {path}: {type(error).__name__}: {error}") from error
+    labels = np.asarray(labels)
+    if not series or len(labels) != len(series):
+        raise ValueError(f"{path} has {len(series)} series and {len(labels)} labels; each series needs one label")
+    return series, labels
