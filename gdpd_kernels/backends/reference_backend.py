@@ -1,0 +1,199 @@
+"""The reference as a backend: it runs anything, on any device, in any floating dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from gdpd_kernels.backends import Capabilities, reference
+from gdpd_kernels.program import DenoiserProgram
+
+
+def steps_of(coefficients: Sequence[float]) -> list[tuple[float, float, float]]:
+    """[(a, b, s), ...] from the flat list that the operators carry."""
+    return list(zip(coefficients[0::3], coefficients[1::3], coefficients[2::3], strict=True))
+
+
+@contextmanager
+def _without_autocast(device: str) -> Iterator[None]:
+    # The operators state their precision themselves (compute_dtype); autocast inside would round the state as well.
+    with torch.autocast(device, enabled=False):
+        yield
+
+
+def _leaves(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.detach().requires_grad_() for tensor in tensors]
+
+
+def _gradients(output: Tensor, leaves: Sequence[Tensor | None], grad: Tensor | None) -> list[Tensor]:
+    inputs = [leaf for leaf in leaves if leaf is not None]
+    found = torch.autograd.grad(output, inputs, grad, allow_unused=True)
+    return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(inputs, found, strict=True)]
+
+
+class ReferenceBackend:
+    """Forward in plain PyTorch; backward computes forward again under autograd and keeps nothing in between."""
+
+    CAPABILITIES = Capabilities()
+
+    def unusable(self) -> list[str]:
+        return []
+
+    def saved_numel(
+        self, program: DenoiserProgram, steps: int, rows: int, compute_dtype: torch.dtype, save: int
+    ) -> int:
+        return 0
+
+    def reverse_sample(
+        self,
+        program: DenoiserProgram,
+        z_short: Tensor,
+        alpha: Tensor | None,
+        noise: Tensor | None,
+        seed: Tensor | None,
+        rows: Sequence[Tensor],
+        tables: Sequence[Tensor],
+        params: Sequence[Tensor],
+        coefficients: Sequence[float],
+        num_samples: int,
+        compute_dtype: torch.dtype,
+        save: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad(), _without_autocast(z_short.device.type):
+            z_hat, stats = reference.reverse_sample(
+                program,
+                z_short,
+                alpha,
+                noise,
+                seed,
+                rows,
+                tables,
+                params,
+                steps_of(coefficients),
+                num_samples,
+                compute_dtype,
+            )
+        return z_hat, stats, z_short.new_empty(0)
+
+    def reverse_sample_backward(
+        self,
+        grad: Tensor,
+        program: DenoiserProgram,
+        z_short: Tensor,
+        alpha: Tensor | None,
+        noise: Tensor | None,
+        seed: Tensor | None,
+        rows: Sequence[Tensor],
+        tables: Sequence[Tensor],
+        params: Sequence[Tensor],
+        stats: Tensor,
+        saved: Tensor,
+        coefficients: Sequence[float],
+        num_samples: int,
+        compute_dtype: torch.dtype,
+        save: int,
+        wanted: Sequence[int],
+    ) -> list[Tensor]:
+        tensors = [z_short, alpha, *rows, *tables, *params]
+        leaves = _leaves([tensor if i in wanted else None for i, tensor in enumerate(tensors)])
+        z, mix, *rest = (tensor if leaf is None else leaf for tensor, leaf in zip(tensors, leaves, strict=True))
+        ends = len(rows), len(rows) + len(tables)
+        with torch.enable_grad(), _without_autocast(z_short.device.type):
+            z_hat, _ = reference.reverse_sample(
+                program,
+                z,
+                mix,
+                noise,
+                seed,
+                rest[: ends[0]],
+                rest[ends[0] : ends[1]],
+                rest[ends[1] :],
+                steps_of(coefficients),
+                num_samples,
+                compute_dtype,
+            )
+            return _gradients(z_hat, leaves, grad)
+
+    def prior_loss(
+        self,
+        program: DenoiserProgram,
+        z_long: Tensor,
+        noise: Tensor | None,
+        seed: Tensor | None,
+        signal: Tensor,
+        sigma: Tensor,
+        rows: Sequence[Tensor],
+        tables: Sequence[Tensor],
+        params: Sequence[Tensor],
+        prediction: str,
+        compute_dtype: torch.dtype,
+        wanted: Sequence[int],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad(), _without_autocast(z_long.device.type):
+            loss, stats = reference.prior_loss(
+                program, z_long, noise, seed, signal, sigma, rows, tables, params, prediction, compute_dtype
+            )
+        return loss, stats, z_long.new_empty(0)
+
+    def update_running_stats(
+        self,
+        means: Sequence[Tensor],
+        variances: Sequence[Tensor],
+        stats: Tensor,
+        widths: Sequence[int],
+        momenta: Sequence[float],
+        rows: int,
+    ) -> None:
+        unbiased = rows / (rows - 1)
+        layers = len(means)
+        for k, step in enumerate(stats):
+            parts = step.split([size for width in widths for size in (width, width)])
+            for i, (mean, var) in enumerate(zip(means, variances, strict=True)):
+                if mean.numel() == 0:
+                    continue
+                momentum = momenta[k * layers + i]
+                mean.mul_(1 - momentum).add_(momentum * parts[2 * i].to(mean.dtype))
+                var.mul_(1 - momentum).add_(momentum * (unbiased * parts[2 * i + 1]).to(var.dtype))
+
+
+def prior_loss_backward(
+    grad: Tensor,
+    program: DenoiserProgram,
+    z_long: Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    signal: Tensor,
+    sigma: Tensor,
+    rows: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    params: Sequence[Tensor],
+    prediction: str,
+    compute_dtype: torch.dtype,
+    wanted: Sequence[int],
+) -> list[Tensor]:
+    """Gradients of [z_long, *rows, *tables, *params] at `wanted`, for backends that do not fuse them with the loss."""
+    tensors = [z_long, *rows, *tables, *params]
+    leaves = _leaves([tensor if i in wanted else None for i, tensor in enumerate(tensors)])
+    z, *rest = (tensor if leaf is None else leaf for tensor, leaf in zip(tensors, leaves, strict=True))
+    ends = len(rows), len(rows) + len(tables)
+    with torch.enable_grad(), _without_autocast(z_long.device.type):
+        loss, _ = reference.prior_loss(
+            program,
+            z,
+            noise,
+            seed,
+            signal,
+            sigma,
+            rest[: ends[0]],
+            rest[ends[0] : ends[1]],
+            rest[ends[1] :],
+            prediction,
+            compute_dtype,
+        )
+        return _gradients(loss, leaves, grad)
+
+
+BACKEND = ReferenceBackend()

@@ -1,0 +1,441 @@
+"""The public functions: check the arguments, capture the denoiser, choose a backend, call the operator."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from gdpd_kernels import ops
+from gdpd_kernels.backends import BackendError, BackendFallback, Request, reference, resolve
+from gdpd_kernels.capture import CapturedDenoiser, CaptureError, capture
+from gdpd_kernels.philox import philox_normal, philox_words
+from gdpd_kernels.program import DenoiserProgram
+from gdpd_kernels.schedule import DDIMTable
+
+Denoiser = nn.Module | CapturedDenoiser
+
+# Up to here forward keeps every intermediate value for backward; above, only the state of each step, and backward
+# computes a step's values again. Measured in docs/performance.md.
+SAVED_VALUES_LIMIT = 32 * 2**20  # bytes
+
+_TIMESTEP_DRAW = 2**32 - 1  # Philox step that no noise uses
+_COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def reverse_sample(
+    denoiser: Denoiser,
+    z_short: Tensor,
+    *,
+    table: DDIMTable,
+    alpha: Tensor | float | None = None,
+    noise: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    cond: Tensor | None = None,
+    num_samples: int | None = None,
+    backend: str = "auto",
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Run the whole reverse sampler as one differentiable operation.
+
+    Starts at ``z = alpha * z_short + (1 - alpha) * noise`` (GDPD's noise fusion) and walks `table` with unclipped DDIM
+    steps ``z' = a z + b denoiser(z, t) + s noise`` (Song et al., 2021, eq. 12). Gradients reach `z_short`, `alpha`,
+    `cond` and the denoiser's parameters. BatchNorms in training mode use the statistics of the current batch of
+    trajectories at every step and update their running statistics, as if the module had been called K times.
+
+    Args:
+        denoiser: ``module(z, t)`` or ``module(z, t, cond)``, with z [batch, features] and t int64 [batch], that returns
+            a prediction [batch, features]; or what `capture` made of one.
+        z_short: start, [batch, features], floating.
+        table: time steps and coefficients, from `ddim_table`.
+        alpha: weight of `z_short` in the start: None (start at `z_short` itself), a number in [0, 1], or a tensor
+            [features], [batch] or [batch, features] ([batch, 1] and [1, features] where the sizes are equal).
+        noise: the start's noise, [batch, features], or [num_samples, batch, features]; drawn if None. It takes no
+            gradient. Noise of the steps (eta > 0) is always drawn.
+        seed: 64-bit Philox key for what is drawn; taken from torch's generator if None.
+        cond: a condition per row, [batch, width], for denoisers that take one.
+        num_samples: None, or the number J of samples drawn for every row, from the same `z_short` and `cond`. Their
+            J × batch rows go through the denoiser as one batch.
+        backend: "auto", or a name from `backends()`.
+        compute_dtype: dtype to which the operands of matrix products are rounded, such as ``torch.bfloat16``; sums and
+            the state keep the dtype of `z_short`. None: the autocast dtype where autocast is on, else no rounding.
+
+    Returns:
+        z_hat, [batch, features], or [num_samples, batch, features]; in the dtype of `z_short` (float32 under autocast).
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, by name.
+        BackendError: the backend asked for by name cannot run the call.
+    """
+    z_short, compute = _precision("z_short", z_short, compute_dtype)
+    if not isinstance(table, DDIMTable):
+        raise TypeError(f"table: expected a DDIMTable from ddim_table(...), got {type(table).__name__}")
+    batch, features = z_short.shape
+    if num_samples is not None and (isinstance(num_samples, bool) or num_samples < 1):
+        raise ValueError(f"num_samples is {num_samples}; it must be None or at least 1")
+    samples = 1 if num_samples is None else num_samples
+    mix = _mixing_weights(alpha, z_short)
+    noise = _start_noise(noise, z_short, num_samples)
+    _check_cond(cond, z_short)
+    draws = table.stochastic or (mix is not None and noise is None)
+    key = _key(seed, z_short.device) if draws else None
+
+    captured = _captured(denoiser, features, cond, backend)
+    if captured is None:
+        z_hat = _sample_module(denoiser, z_short, table, mix, noise, key, cond, samples, compute)
+    else:
+        program = captured.program
+        _check_fit(program, z_short, cond, samples * batch)
+        chosen = resolve(backend, Request(program, z_short.device.type, z_short.dtype, compute))
+        rows = captured.rows(cond)
+        tables = captured.tables(_timesteps(table.timesteps, z_short.device))
+        params = captured.parameters_now()
+        _check_parameters(program, params, z_short)
+        z_hat, stats, _ = torch.ops.gdpd_kernels.reverse_sample(
+            z_short,
+            mix,
+            noise,
+            key,
+            rows,
+            tables,
+            params,
+            program.text,
+            table.flat,
+            samples,
+            chosen,
+            _name(compute),
+            _save_mode(program, [z_short, mix, *rows, *tables, *params], samples * batch * len(table)),
+        )
+        _update_running_stats(captured.batch_norms, stats, samples * batch, chosen)
+    return z_hat if num_samples is None else z_hat.view(samples, batch, features)
+
+
+def prior_loss(
+    denoiser: Denoiser,
+    z_long: Tensor,
+    *,
+    alphas_cumprod: Tensor,
+    timesteps: Tensor | None = None,
+    noise: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    cond: Tensor | None = None,
+    prediction: str = "eps",
+    backend: str = "auto",
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The denoiser's training loss at one random time step per row, as one differentiable operation.
+
+    ``mean((denoiser(z_t, t) - target)^2)`` with ``z_t = sqrt(alpha_bar_t) z_long + sqrt(1 - alpha_bar_t) noise``
+    (Ho et al., 2020, eq. 14). Its gradients are computed in the same call as the loss.
+
+    Args:
+        denoiser: as in `reverse_sample`.
+        z_long: clean states, [batch, features], floating.
+        alphas_cumprod: alpha_bar of every training step, [T].
+        timesteps: int64 [batch], in 0..T-1; drawn uniformly if None.
+        noise: [batch, features]; drawn if None. It takes no gradient.
+        seed: 64-bit Philox key for what is drawn; taken from torch's generator if None.
+        cond: a condition per row, [batch, width], for denoisers that take one.
+        prediction: what the denoiser predicts: "eps" (the noise), "x0" (z_long) or "v".
+        backend, compute_dtype: as in `reverse_sample`.
+
+    Returns:
+        the loss, a 0-d tensor in the dtype of `z_long` (float32 under autocast).
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, by name.
+        BackendError: the backend asked for by name cannot run the call.
+    """
+    z_long, compute = _precision("z_long", z_long, compute_dtype)
+    if prediction not in ("eps", "x0", "v"):
+        raise ValueError(f"prediction is {prediction!r}; it must be 'eps', 'x0' or 'v'")
+    if alphas_cumprod.dim() != 1 or not alphas_cumprod.is_floating_point():
+        raise ValueError(f"alphas_cumprod has shape {tuple(alphas_cumprod.shape)}; expected floating [T]")
+    batch, features = z_long.shape
+    noise = _start_noise(noise, z_long, None)
+    noise = None if noise is None else noise.view(batch, features)
+    _check_cond(cond, z_long)
+    key = _key(seed, z_long.device) if noise is None or timesteps is None else None
+    if timesteps is None:
+        words = philox_words(key, batch, 1, step=_TIMESTEP_DRAW, device=z_long.device)[:, 0, 0]
+        timesteps = (words * alphas_cumprod.shape[0]) >> 32
+    elif timesteps.shape != (batch,) or timesteps.is_floating_point():
+        raise ValueError(
+            f"timesteps has shape {tuple(timesteps.shape)}, {timesteps.dtype}; expected integers [{batch}]"
+        )
+    alpha_bar = alphas_cumprod.to(device=z_long.device, dtype=torch.float64)[timesteps]
+    signal, sigma = alpha_bar.sqrt().to(z_long.dtype), (1 - alpha_bar).sqrt().to(z_long.dtype)
+
+    captured = _captured(denoiser, features, cond, backend)
+    if captured is None:
+        return _loss_module(denoiser, z_long, timesteps, noise, key, signal, sigma, cond, prediction, compute)
+    program = captured.program
+    _check_fit(program, z_long, cond, batch)
+    chosen = resolve(backend, Request(program, z_long.device.type, z_long.dtype, compute))
+    rows, tables, params = captured.rows(cond), captured.tables(timesteps), captured.parameters_now()
+    _check_parameters(program, params, z_long)
+    inputs = [z_long, *rows, *tables, *params]
+    wanted = [i for i, x in enumerate(inputs) if x.requires_grad] if torch.is_grad_enabled() else []
+    loss, stats, _ = torch.ops.gdpd_kernels.prior_loss(
+        z_long,
+        noise,
+        key,
+        signal,
+        sigma,
+        rows,
+        tables,
+        params,
+        program.text,
+        prediction,
+        chosen,
+        _name(compute),
+        wanted,
+    )
+    _update_running_stats(captured.batch_norms, stats, batch, chosen)
+    return loss
+
+
+# --- arguments ---------------------------------------------------------------------------------------------------------
+
+
+def _precision(name: str, z: Tensor, compute_dtype: torch.dtype | None) -> tuple[Tensor, torch.dtype]:
+    """The state in the dtype in which it is kept, and the dtype of matrix products."""
+    if not isinstance(z, Tensor):
+        raise TypeError(f"{name}: expected a tensor [batch, features], got {type(z).__name__}")
+    if z.dim() != 2 or not z.is_floating_point():
+        raise ValueError(f"{name} has shape {tuple(z.shape)}, {z.dtype}; expected floating [batch, features]")
+    if z.shape[0] < 1 or z.shape[1] < 1:
+        raise ValueError(f"{name} has shape {tuple(z.shape)}; batch and features must be at least 1")
+    autocast = torch.is_autocast_enabled(z.device.type)
+    if autocast and z.dtype in (torch.bfloat16, torch.float16):
+        z = z.float()
+    if compute_dtype is None:
+        low = autocast and z.dtype == torch.float32
+        return z, torch.get_autocast_dtype(z.device.type) if low else z.dtype
+    if compute_dtype not in _COMPUTE_DTYPES or compute_dtype.itemsize > z.dtype.itemsize:
+        raise ValueError(
+            f"compute_dtype is {compute_dtype}; it must be a floating dtype no wider than the state's {z.dtype}"
+        )
+    return z, compute_dtype
+
+
+def _mixing_weights(alpha: Tensor | float | None, z_short: Tensor) -> Tensor | None:
+    """alpha as a 2-D tensor that broadcasts to [batch, features]."""
+    if alpha is None:
+        return None
+    if not isinstance(alpha, Tensor):
+        value = float(alpha)
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"alpha is {value}; a mixing weight lies in [0, 1]")
+        return z_short.new_full((1, 1), value)
+    batch, features = z_short.shape
+    if not alpha.is_floating_point() or alpha.device != z_short.device:
+        raise ValueError(
+            f"alpha is {alpha.dtype} on {alpha.device}; expected a floating tensor on z_short's {z_short.device}"
+        )
+    alpha = alpha.to(z_short.dtype)
+    if alpha.numel() == 1:
+        return alpha.reshape(1, 1)
+    if alpha.dim() == 1 and batch == features and alpha.shape[0] == batch:
+        raise ValueError(
+            f"alpha has shape [{batch}], and z_short is [{batch}, {features}]: per sample or per feature? "
+            f"Pass [{batch}, 1] or [1, {features}]"
+        )
+    if alpha.dim() == 1 and alpha.shape[0] == features:
+        return alpha[None, :]
+    if alpha.dim() == 1 and alpha.shape[0] == batch:
+        return alpha[:, None]
+    if alpha.dim() == 2 and alpha.shape[0] in (1, batch) and alpha.shape[1] in (1, features):
+        return alpha
+    raise ValueError(
+        f"alpha has shape {tuple(alpha.shape)}; expected a number, [{features}], [{batch}] or [{batch}, {features}]"
+    )
+
+
+def _start_noise(noise: Tensor | None, z: Tensor, num_samples: int | None) -> Tensor | None:
+    """The start's noise as [num_samples, batch, features]."""
+    if noise is None:
+        return None
+    batch, features = z.shape
+    expected = (batch, features) if num_samples is None else (num_samples, batch, features)
+    if tuple(noise.shape) != expected or noise.device != z.device or not noise.is_floating_point():
+        raise ValueError(
+            f"noise has shape {tuple(noise.shape)}, {noise.dtype} on {noise.device}; "
+            f"expected floating {list(expected)} on {z.device}"
+        )
+    if noise.requires_grad:
+        raise ValueError("noise requires grad, but no gradient is computed for it; pass noise.detach()")
+    return noise.to(z.dtype).reshape(num_samples or 1, batch, features)
+
+
+def _key(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """The Philox key as an int64 tensor []."""
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        if seed.numel() != 1 or seed.dtype != torch.int64:
+            raise ValueError(f"seed has shape {tuple(seed.shape)}, {seed.dtype}; expected an int or one int64")
+        return seed.reshape(()).to(device)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed is {seed!r}; expected an integer of 64 bits")
+    return torch.full((), seed if seed < 2**63 else seed - 2**64, dtype=torch.int64, device=device)
+
+
+def _check_cond(cond: Tensor | None, z: Tensor) -> None:
+    if cond is None:
+        return
+    if cond.dim() != 2 or cond.shape[0] != z.shape[0] or cond.device != z.device:
+        raise ValueError(
+            f"cond has shape {tuple(cond.shape)} on {cond.device}; expected [{z.shape[0]}, width] on {z.device}"
+        )
+
+
+def _check_fit(program: DenoiserProgram, z: Tensor, cond: Tensor | None, rows: int) -> None:
+    if program.features != z.shape[1]:
+        raise ValueError(f"the state has {z.shape[1]} features, the denoiser takes {program.features}")
+    if program.rows and cond is None:
+        raise ValueError("cond: the denoiser was captured with a condition, but none is given")
+    if program.batch_norms and rows < 2:
+        raise ValueError(
+            f"batch: BatchNorm in training mode needs at least 2 rows, got {rows}; call denoiser.eval(), drop the last "
+            "incomplete batch, or use a denoiser with LayerNorm"
+        )
+
+
+def _check_parameters(program: DenoiserProgram, params: Sequence[Tensor], z: Tensor) -> None:
+    for index, param in enumerate(params):
+        if param.dtype != z.dtype or param.device != z.device or param.shape != program.params[index]:
+            name = program.names[index] if program.names else f"p{index}"
+            raise ValueError(
+                f"parameter {name} is {list(param.shape)}, {param.dtype} on {param.device}; expected "
+                f"{list(program.params[index])}, {z.dtype} on {z.device} as the state has. Move the denoiser with .to(...)"
+            )
+
+
+def _timesteps(steps: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(steps, dtype=torch.int64, device=device)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _save_mode(program: DenoiserProgram, inputs: Sequence[Tensor | None], state_rows: int) -> int:
+    if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in inputs):
+        return ops.SAVE_NOTHING
+    size = inputs[0].element_size() if inputs[0] is not None else 4
+    values = sum(width for name, width in program.widths.items() if name == "z" or name.startswith("%"))
+    return ops.SAVE_VALUES if state_rows * values * size <= SAVED_VALUES_LIMIT else ops.SAVE_STATES
+
+
+# --- the denoiser ------------------------------------------------------------------------------------------------------
+
+
+def _captured(denoiser: Denoiser, features: int, cond: Tensor | None, backend: str) -> CapturedDenoiser | None:
+    """The captured denoiser, or None where it cannot be captured and the reference may run the module itself."""
+    if isinstance(denoiser, CapturedDenoiser):
+        return denoiser.current()
+    if not isinstance(denoiser, nn.Module):
+        raise TypeError(f"denoiser: expected an nn.Module or what capture() returns, got {type(denoiser).__name__}")
+    try:
+        return capture(denoiser, features=features, cond_features=None if cond is None else cond.shape[1])
+    except CaptureError as error:
+        if backend not in ("auto", "reference"):
+            raise BackendError(f"backend {backend!r} cannot run this denoiser: {error}") from error
+        _note_uncaptured(str(error))
+        return None
+
+
+@cache
+def _note_uncaptured(message: str) -> None:
+    warnings.warn(f"running the module itself, step by step: {message}", BackendFallback, stacklevel=4)
+
+
+def _update_running_stats(batch_norms: Sequence[nn.Module], stats: Tensor, rows: int, backend: str) -> None:
+    """Update the live BatchNorms as if each had been called once per row of `stats`."""
+    if not batch_norms:
+        return
+    steps = stats.shape[0]
+    empty = stats.new_empty(0)  # stands for a BatchNorm that keeps no running statistics
+    means = [empty if bn.running_mean is None else bn.running_mean for bn in batch_norms]
+    if all(mean is empty for mean in means):
+        return
+    variances = [empty if bn.running_var is None else bn.running_var for bn in batch_norms]
+    counters = [bn.num_batches_tracked for bn in batch_norms if bn.num_batches_tracked is not None]
+    seen = [0 if bn.momentum is not None else int(bn.num_batches_tracked) for bn in batch_norms]
+    momenta = [
+        bn.momentum if bn.momentum is not None else 1.0 / (count + k + 1)
+        for k in range(steps)
+        for bn, count in zip(batch_norms, seen, strict=True)
+    ]
+    widths = [bn.num_features for bn in batch_norms]
+    torch.ops.gdpd_kernels.update_running_stats_(means, variances, stats, widths, momenta, rows, backend)
+    torch._foreach_add_(counters, steps)
+
+
+def _model(denoiser: nn.Module, cond: Tensor | None, compute: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
+    """The module as a function of state and time steps, with products in `compute` as far as autocast can do that."""
+
+    def predict(z: Tensor, t: Tensor) -> Tensor:
+        with torch.autocast(z.device.type, dtype=compute, enabled=compute != z.dtype):
+            predicted = denoiser(z, t) if cond is None else denoiser(z, t, cond)
+        if not isinstance(predicted, Tensor) or predicted.shape != z.shape:
+            got = tuple(predicted.shape) if isinstance(predicted, Tensor) else type(predicted).__name__
+            raise ValueError(f"denoiser: returned {got}; expected a prediction of shape {tuple(z.shape)}")
+        return predicted.to(z.dtype)
+
+    return predict
+
+
+def _sample_module(
+    denoiser: nn.Module,
+    z_short: Tensor,
+    table: DDIMTable,
+    mix: Tensor | None,
+    noise: Tensor | None,
+    key: Tensor | None,
+    cond: Tensor | None,
+    samples: int,
+    compute: torch.dtype,
+) -> Tensor:
+    """The reference loop on a module that could not be captured."""
+    batch, features = z_short.shape
+
+    def normals(step: int) -> Tensor:
+        draws = [
+            philox_normal(key, batch, features, step=step, sample=j, dtype=z_short.dtype, device=z_short.device)
+            for j in range(samples)
+        ]
+        return torch.cat(draws)
+
+    start = z_short.repeat(samples, 1)
+    if mix is not None:
+        eps = normals(0) if noise is None else noise.reshape(samples * batch, features)
+        start = reference.noise_fused_init(start, mix.expand(batch, -1).repeat(samples, 1), eps)
+    model = _model(denoiser, None if cond is None else cond.repeat(samples, 1), compute)
+    times = _timesteps(table.timesteps, z_short.device)[:, None].expand(-1, samples * batch)
+    return reference.reverse_loop(lambda z, k: model(z, times[k]), start, table.coefficients, lambda k: normals(k + 1))
+
+
+def _loss_module(
+    denoiser: nn.Module,
+    z_long: Tensor,
+    timesteps: Tensor,
+    noise: Tensor | None,
+    key: Tensor | None,
+    signal: Tensor,
+    sigma: Tensor,
+    cond: Tensor | None,
+    prediction: str,
+    compute: torch.dtype,
+) -> Tensor:
+    """The prior's loss on a module that could not be captured."""
+    if noise is None:
+        noise = philox_normal(key, *z_long.shape, dtype=z_long.dtype, device=z_long.device)
+    signal, sigma = signal[:, None], sigma[:, None]
+    predicted = _model(denoiser, cond, compute)(signal * z_long + sigma * noise, timesteps)
+    target = {"eps": noise, "x0": z_long, "v": signal * noise - sigma * z_long}[prediction]
+    return nn.functional.mse_loss(predicted, target)
