@@ -93,9 +93,7 @@ class TimeSeriesData:
         """
         if split not in ("train", "test"):
             raise ValueError(f"split={split!r} is not 'train' or 'test'")
-        X, lengths = (
-            (self.X_train, self.lengths_train) if split == "train" else (self.X_test, self.lengths_test)
-        )
+        X, lengths = (self.X_train, self.lengths_train) if split == "train" else (self.X_test, self.lengths_test)
         return prefix(X, lengths, earliness, mode, normalise=self.meta.get("normalisation") == "prefix")
 
 
