@@ -1,0 +1,60 @@
+# Two commands carry the project: `make demo` shows the main job, `make test` runs the whole suite.
+# Each makes .venv and installs what it needs the first time, and again when what is asked for has changed.
+
+VENV   ?= .venv
+# Any python from 3.10 on that can make a virtual environment; evaluated only when one has to be made.
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.14 python3.10; do \
+	    $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 \
+	    && { echo $$p; break; }; done)
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip install --disable-pip-version-check --no-input --quiet
+BUILD  := pyproject.toml $(wildcard setup.py csrc/*.* csrc/*/*.*)
+DEMO   ?= demo
+
+.PHONY: help demo test lint types docs bench clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1: \2/p' Makefile
+
+demo: $(VENV)/.cli  ## train, distil, evaluate and report on two bundled data sets; result in ./demo
+	$(PY) -m gdpd.cli demo --folder $(DEMO)
+
+test: $(VENV)/.dev  ## the whole test suite with coverage
+	$(PY) -m pytest --cov --cov-report=term --cov-fail-under=90
+
+lint: $(VENV)/.dev  ## ruff over everything
+	$(PY) -m ruff check .
+
+types: $(VENV)/.dev  ## mypy over both packages
+	$(PY) -m mypy
+
+docs: $(VENV)/.dev  ## links, docstrings and wording of the documentation
+	$(PY) docs/check.py
+
+bench: $(VENV)/.dev  ## every benchmark once, at its smallest size, to see that it runs
+	$(PY) -m bench.smoke
+
+clean:  ## remove what was built or measured, keep .venv
+	rm -rf build dist .coverage .asv .pytest_cache .mypy_cache .ruff_cache .hypothesis $(DEMO)
+
+# torch first and pinned: the package asks for no more than torch>=2.9, so left to itself pip may choose another
+# release. No build isolation: pybind11 and setuptools are already there, and the optional compiled module then
+# builds once, in place; without a compiler setup.py leaves it out.
+$(PY):
+	@test -n "$(PYTHON)" || { echo "no python >= 3.10 with venv found; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: requirements-dev.txt | $(PY)
+	@echo "installing the pinned torch and the build tools into $(VENV)"
+	$(PIP) -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/.cli: $(VENV)/.torch $(BUILD)
+	@echo "installing gdpd-kernels with its command line"
+	$(PIP) --no-build-isolation -e ".[cli]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch $(BUILD)
+	@echo "installing gdpd-kernels with its development tools"
+	$(PIP) --no-build-isolation -e ".[dev]"
+	@touch $@ $(VENV)/.cli
