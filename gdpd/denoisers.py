@@ -45,6 +45,7 @@ class Bottleneck(nn.Module):
             )
         inner = features // reduction
         make_norm = _norm_layer(norm)
+        self.norm = norm
         self.body = nn.Sequential(
             nn.Linear(features, inner),
             make_norm(inner),
@@ -57,15 +58,19 @@ class Bottleneck(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[batch, features]`` → ``[batch, features]``."""
+        """``[batch, features]`` → ``[batch, features]``; ValueError for BatchNorm in training on a batch of one."""
+        _refuse_batch_of_one(self, self.norm, x)
         return x + self.body(x)
 
 
 class BottleneckDenoiser(nn.Module):
     """The GDPD denoiser: h = z + E[t], bottlenecks, Linear, norm (METHOD 1.1; DiffKD's first variant).
 
-    With ``norm="batch"`` (the release) the statistics in training mode are those of the rows in the call, so a
-    batch of one cannot be normalised; ``norm="layer"`` has no such limit and keeps rows independent.
+    With ``norm="batch"`` (the release) the statistics in training mode are those of the rows in the call. So a
+    batch of one cannot be normalised; and a step t that all rows share, as in the reverse sampler, has no effect
+    at all: E[t] reaches every BatchNorm as a constant shift of the batch, which the batch mean takes out again. It
+    acts in eval mode and where rows have different t, as in the prior's own loss. ``norm="layer"`` keeps rows
+    independent and always sees t.
 
     Args:
         features: latent width A.
@@ -112,12 +117,7 @@ class BottleneckDenoiser(nn.Module):
             ValueError: BatchNorm in training mode on a batch of one; wrong width.
         """
         _check_input(z, self.features)
-        if self.norm == "batch" and self.training and z.shape[0] == 1:
-            raise ValueError(
-                "BottleneckDenoiser(norm='batch') in training mode got a batch of one row: BatchNorm has no batch "
-                "statistics there. Use a batch of two or more (drop or merge a last batch of one), norm='layer', "
-                "or eval()"
-            )
+        _refuse_batch_of_one(self, self.norm, z)
         return self.out_norm(self.out(self.blocks(z + self.time_embedding(t))))
 
 
@@ -197,8 +197,10 @@ class SinusoidalEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """Embedding ``[..., dim]`` of steps ``t`` ``[...]``, in the dtype of the module."""
-        angles = t.unsqueeze(-1).to(self.frequencies.dtype) * self.frequencies
-        return torch.cat((angles.sin(), angles.cos()), dim=-1)
+        # bfloat16 cannot tell t = 999 from t = 1000: the angle is never taken below float32
+        dtype = torch.promote_types(self.frequencies.dtype, torch.float32)
+        angles = t.unsqueeze(-1).to(dtype) * self.frequencies.to(dtype)
+        return torch.cat((angles.sin(), angles.cos()), dim=-1).to(self.frequencies.dtype)
 
 
 _REGISTRY: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
@@ -234,6 +236,15 @@ def _norm_layer(norm: str) -> Callable[[int], nn.Module]:
     if norm not in NORMS:
         raise ValueError(f"norm={norm!r} is not one of {', '.join(map(repr, NORMS))}")
     return nn.BatchNorm1d if norm == "batch" else nn.LayerNorm
+
+
+def _refuse_batch_of_one(module: nn.Module, norm: str, x: Tensor) -> None:
+    if norm == "batch" and module.training and x.shape[0] == 1:
+        raise ValueError(
+            f"{type(module).__name__}(norm='batch') in training mode got a batch of one row, which has no batch "
+            "statistics for BatchNorm. Use batches of two or more (drop or merge a last batch of one), norm='layer', "
+            "or eval()"
+        )
 
 
 def _check_timesteps(num_train_timesteps: int) -> None:

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-from gdpd.data.files import bundled_folder, iter_files, ts_header, ts_unusable
+from gdpd.data.files import iter_files, search_roots, ts_header, ts_unusable
 from gdpd.data.labels import canonical_labels
 
 
@@ -46,13 +46,8 @@ def list_datasets(data_dir: str | os.PathLike[str] | None = None) -> list[Datase
     Raises:
         FileNotFoundError: ``data_dir`` is not a folder.
     """
-    if data_dir is not None and not Path(data_dir).is_dir():
-        raise FileNotFoundError(f"data_dir={os.fspath(data_dir)!r} is not a folder")
-    roots = [] if data_dir is None else [(Path(data_dir), "")]
-    if (bundled := bundled_folder()) is not None:
-        roots.append((bundled, "aeon"))
     rows: dict[str, DatasetInfo] = {}
-    for root, source in roots:
+    for root, source in search_roots(data_dir):
         for files in iter_files(root, source):
             if files.name in rows:
                 continue
@@ -66,7 +61,7 @@ def list_datasets(data_dir: str | os.PathLike[str] | None = None) -> list[Datase
             train, *test = [scan for scan in scans if scan is not None]
             rows[files.name] = DatasetInfo(
                 files.name,
-                source or os.fspath(files.train.parent),
+                source if source == "aeon" else os.fspath(files.train.parent),
                 len(train.labels),
                 sum(len(scan.labels) for scan in test),
                 train.channels,
@@ -109,7 +104,7 @@ def _scan(path: Path) -> _Scan | None:
             else:
                 rest, _, label = line.rpartition(",")
                 values = [rest]
-            if not values or not label:
+            if not (values and all(values) and label):
                 raise ValueError(f"{path} has a line without values or without a label: {line[:60]!r}")
             labels.append(label.strip())
             channels = max(channels, len(values))

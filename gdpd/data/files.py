@@ -78,19 +78,16 @@ def find_files(name_or_path: str | os.PathLike[str], data_dir: str | os.PathLike
     tried: list[Path] = []
     text = os.fspath(name_or_path)
     is_path = isinstance(name_or_path, os.PathLike) or os.sep in text or "/" in text
-    if data_dir is not None and not Path(data_dir).is_dir():
-        raise FileNotFoundError(f"data_dir={os.fspath(data_dir)!r} is not a folder")
+    roots = search_roots(data_dir)
     if not is_path:
-        roots = [] if data_dir is None else [(Path(data_dir), os.fspath(data_dir))]
-        bundled = bundled_folder()
-        if bundled is not None:
-            roots.append((bundled, "aeon"))
         for root, source in roots:
-            # aeon keeps JapaneseVowels_eq in the folder of JapaneseVowels
-            for folder in dict.fromkeys((root / text, root / text.rsplit("_", 1)[0], root)):
-                found = _pair(folder, text, source, tried)
-                if found is not None:
+            for folder in (root / text, root):
+                if (found := _pair(folder, text, source, tried)) is not None:
                     return found
+            tried.append(root / "*" / f"{text}_TRAIN.*")  # aeon keeps JapaneseVowels_eq in JapaneseVowels
+            for files in iter_files(root, source):
+                if files.name == text:
+                    return files
     path = Path(text).expanduser()
     if path.is_file():
         return _from_file(path)
@@ -109,8 +106,24 @@ def find_files(name_or_path: str | os.PathLike[str], data_dir: str | os.PathLike
 
 def known_names(data_dir: str | os.PathLike[str] | None = None) -> list[str]:
     """Names of the sets that have a TRAIN file in ``data_dir`` or among aeon's bundled sets (files not opened)."""
-    roots = [root for root in (None if data_dir is None else Path(data_dir), bundled_folder()) if root is not None]
-    return sorted({files.name for root in roots for files in iter_files(root, "")})
+    return sorted({files.name for root, source in search_roots(data_dir) for files in iter_files(root, source)})
+
+
+def search_roots(data_dir: str | os.PathLike[str] | None = None) -> list[tuple[Path, str]]:
+    """The folders searched for a name, in order, each with what to call it: ``data_dir``, aeon's bundled sets.
+
+    Raises:
+        FileNotFoundError: ``data_dir`` is not a folder.
+    """
+    roots = []
+    if data_dir is not None:
+        folder = Path(data_dir).expanduser()
+        if not folder.is_dir():
+            raise FileNotFoundError(f"data_dir={os.fspath(data_dir)!r} is not a folder")
+        roots.append((folder, os.fspath(folder)))
+    if (bundled := bundled_folder()) is not None:
+        roots.append((bundled, "aeon"))
+    return roots
 
 
 def iter_files(root: Path, source: str) -> Iterable[DatasetFiles]:

@@ -14,12 +14,12 @@ from gdpd.data.labels import canonical_labels, encode_labels, stratified_split
 from gdpd.data.series import channel_mean, fill_missing, pad_series
 from gdpd.data.transform import (
     NORMALISATIONS,
+    FutureLeakWarning,
     is_z_normalised,
     prefix,
     resample,
     standardise,
     train_statistics,
-    warn_if_leaking,
 )
 
 
@@ -172,9 +172,16 @@ def load_dataset(
     X_test, filled_test = fill_missing(
         X_test, lengths_test, missing, channel_means=means, what=f"{files.name} test series"
     )
-    # prefix normalisation removes whatever mean and scale a series came with, so there nothing leaks
-    check = is_z_normalised if normalisation == "prefix" else lambda X, n: warn_if_leaking(X, n, files.name)
-    z_normalised = check(X_train, lengths_train)
+    z_normalised = is_z_normalised(X_train, lengths_train)
+    # normalising each prefix removes whatever mean and scale a series came with: then nothing leaks
+    if z_normalised and normalisation != "prefix":
+        warnings.warn(
+            f"{files.name}: each series is already z-normalised over its full length, so every prefix carries the "
+            "mean and the scale of steps it must not know, and prefix scores come out too good. "
+            "normalisation='prefix' undoes this; or start from raw series",
+            FutureLeakWarning,
+            stacklevel=2,
+        )
 
     resampled = resample_to is not None and longest > resample_to
     if resampled and resample_to is not None:

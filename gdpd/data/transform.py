@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 
 import numpy as np
 
@@ -174,20 +173,6 @@ def is_z_normalised(X: np.ndarray, lengths: np.ndarray, tolerance: float = 1e-2)
     unit = np.minimum(np.abs(std - 1), np.abs(sample_std - 1)) <= tolerance
     hits = (np.abs(mean) <= tolerance) & unit & usable
     return bool(usable.any() and hits.sum() >= 0.95 * usable.sum())
-
-
-def warn_if_leaking(X: np.ndarray, lengths: np.ndarray, name: str) -> bool:
-    """Warn when the series of ``X`` are z-normalised over their full length; returns whether they are."""
-    leaking = is_z_normalised(X, lengths)
-    if leaking:
-        warnings.warn(
-            f"{name}: each series is already z-normalised over its full length, so every prefix carries the mean "
-            "and the scale of steps it must not know (prefix scores come out too good). "
-            "normalisation='prefix' undoes it exactly; or start from raw series",
-            FutureLeakWarning,
-            stacklevel=3,
-        )
-    return leaking
 
 
 def _moments(X: np.ndarray, valid: np.ndarray, axes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:

@@ -30,7 +30,7 @@ class MaskedBatchNorm(nn.BatchNorm1d):
     """BatchNorm1d over ``[batch, channels, time]``, with statistics of valid steps only."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Normalise ``x`` ``[batch, channels, time]``; the result is zero where ``mask`` ``[batch, 1, time]`` is False."""
+        """Normalised ``x`` ``[batch, channels, time]``, zero where ``mask`` (bool ``[batch, 1, time]``) is False."""
         if mask is None:
             return super().forward(x)
         rows = mask.squeeze(1)

@@ -39,7 +39,7 @@ class WrappedClassifier(Classifier):
         self.head_layer = head_layer
         self.layout = layout
         self.pass_lengths = pass_lengths
-        self._checked = False
+        self._checked_modes: set[bool] = set()  # a dropout before the head shows in training mode only
 
     @property
     def head(self) -> nn.Linear:  # type: ignore[override]
@@ -59,8 +59,8 @@ class WrappedClassifier(Classifier):
 
         Raises:
             ValueError: wrong shapes; the feature layer or the head did not run exactly once; the head's input is
-                not the feature layer's output (checked at the first forward); padded series for a module that
-                takes no lengths.
+                not the feature layer's output (checked at the first forward in training and in eval mode); padded
+                series for a module that takes no lengths.
         """
         self._check_input(x, lengths)
         return self._run(x, lengths)
@@ -95,9 +95,9 @@ class WrappedClassifier(Classifier):
                 f"head layer {self.head_layer!r} ran {len(heads)} times in one forward; it must run exactly once"
             )
         head_input, logits = heads[0]
-        if not self._checked:
+        if self.training not in self._checked_modes:
             self._check_head_reads(feature, head_input)
-            self._checked = True
+            self._checked_modes.add(self.training)
         return feature, logits
 
     def _one_feature(self, captured: list[Any], batch: int) -> Tensor:
@@ -124,7 +124,8 @@ class WrappedClassifier(Classifier):
             raise ValueError(
                 f"head {self.head_layer!r} does not read the output of feature layer {self.feature_layer!r}: something "
                 "acts in between (an activation, a dropout, another layer), so head(feature) would not be the model's "
-                f"logits. Name the last layer before the head as feature_layer (layers: {_some(_names(self.module))})"
+                "logits. Name the last layer before the head as feature_layer, or put an nn.Identity() there, by name "
+                f"(layers: {_some(_names(self.module))})"
             )
 
 

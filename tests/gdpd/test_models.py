@@ -1,0 +1,231 @@
+"""Classifiers: shapes, padding that must not matter, the LSTM's options, and the registry."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from gdpd.models import FCN, LSTM, Inception, LSTMClassifier, ResNet, build_model, model_names, set_forget_bias
+
+SMALL: dict[str, dict[str, Any]] = {
+    "lstm": {"hidden": 7, "layers": 2},
+    "inception": {"channels": 4, "blocks": 3, "kernel_sizes": (9, 5)},
+    "fcn": {"widths": (6, 8, 5)},
+    "resnet": {"widths": (6, 6)},
+}
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_every_model_gives_feature_and_logits(name: str) -> None:
+    model = build_model(name, in_channels=2, num_classes=5)
+    feature, logits = model(torch.randn(3, 2, 20))
+    assert feature.shape == (3, model.feature_dim)
+    assert logits.shape == (3, 5)
+    assert isinstance(model.head, nn.Linear)
+    assert model.head.in_features == model.feature_dim
+    torch.testing.assert_close(model.classify(feature), logits)
+
+
+def test_named_sizes_are_those_of_the_papers() -> None:
+    teacher = build_model("lstm3-100", in_channels=1, num_classes=2)
+    assert isinstance(teacher, LSTMClassifier)
+    assert (teacher.lstm.num_layers, teacher.lstm.hidden_size, teacher.pooling) == (3, 100, "last")
+    student = build_model("lstm2-32", in_channels=1, num_classes=2)
+    assert isinstance(student, LSTMClassifier)
+    assert (student.lstm.num_layers, student.lstm.hidden_size) == (2, 32)
+    inception = build_model("inception", in_channels=1, num_classes=2)
+    assert isinstance(inception, Inception)
+    assert (len(inception.blocks), len(inception.shortcuts), inception.feature_dim) == (6, 2, 128)
+    convolutions = (8 * 1 + 1) * 128 + (5 * 128 + 1) * 256 + (3 * 256 + 1) * 128
+    norms, head = 2 * (128 + 256 + 128), (128 + 1) * 2
+    assert sum(p.numel() for p in FCN(1, 2).parameters()) == convolutions + norms + head
+    resnet = ResNet(1, 2)
+    assert resnet.feature_dim == 128
+    assert len(resnet.blocks) == 3
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", SMALL)
+def test_padding_changes_neither_outputs_nor_gradients(name: str, channels: int, training: bool) -> None:
+    torch.manual_seed(0)
+    model = build_model(name, in_channels=channels, num_classes=3, **SMALL[name]).double().train(training)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    lengths = torch.tensor([11, 4, 1, 9])
+    x = torch.randn(4, channels, 11, dtype=torch.float64)
+    x = x * (torch.arange(11) < lengths[:, None])[:, None, :]
+    results = []
+    for width, rubbish in ((11, 0.0), (16, 0.0), (16, 1e3)):
+        model.load_state_dict(state)
+        model.zero_grad()
+        padded = torch.full((4, channels, width), rubbish, dtype=torch.float64)
+        padded[:, :, :11] = x.where((torch.arange(11) < lengths[:, None])[:, None, :], rubbish)
+        feature, logits = model(padded, lengths)
+        logits.square().sum().backward()
+        buffers = [b.clone() for b in model.buffers()]
+        results.append((feature, logits, *[p.grad.clone() for p in model.parameters() if p.grad is not None], *buffers))
+    for other in results[1:]:
+        torch.testing.assert_close(results[0], other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_full_lengths_are_the_same_as_no_lengths_and_a_padded_row_as_the_row_alone(name: str) -> None:
+    torch.manual_seed(1)
+    model = build_model(name, in_channels=2, num_classes=3, **SMALL[name]).eval()
+    x = torch.randn(3, 2, 12)
+    torch.testing.assert_close(model(x), model(x, torch.full((3,), 12)))
+    padded = model(x, torch.tensor([12, 5, 8]))[1]
+    torch.testing.assert_close(padded[1:2], model(x[1:2, :, :5])[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_training_one_step_moves_every_parameter(name: str) -> None:
+    torch.manual_seed(0)
+    model = build_model(name, in_channels=2, num_classes=3, **SMALL[name])
+    loss = torch.nn.functional.cross_entropy(model(torch.randn(6, 2, 15))[1], torch.tensor([0, 1, 2, 0, 1, 2]))
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@given(st.sampled_from(["last", "mean", "max"]), st.integers(1, 6), st.integers(0, 100))
+@settings(max_examples=20, deadline=None)
+def test_lstm_pooling_is_over_the_valid_steps_only(pooling: str, batch: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    model = LSTMClassifier(2, 3, hidden=4, layers=2, pooling=pooling)
+    x, lengths = torch.randn(batch, 2, 9), torch.randint(1, 10, (batch,))
+    lstm: nn.LSTM = model.lstm
+    feature, _ = model(x, lengths)
+    for i, length in enumerate(lengths.tolist()):
+        outputs = lstm(x[i : i + 1, :, :length].transpose(1, 2))[0][0]
+        expected = {"last": outputs[-1], "mean": outputs.mean(0), "max": outputs.amax(0)}[pooling]
+        torch.testing.assert_close(feature[i], expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model(x)[0], model(x, torch.full((batch,), 9))[0])
+
+
+def first_step_gradient(length: int, **options: Any) -> float:
+    torch.manual_seed(0)
+    model = build_model("lstm3-100", in_channels=1, num_classes=2, **options)
+    x = torch.randn(2, 1, length, requires_grad=True)
+    model(x)[1].logsumexp(1).sum().backward()
+    assert x.grad is not None
+    return float(x.grad[:, :, 0].abs().max())
+
+
+def test_first_steps_of_a_long_series_get_no_gradient_without_forget_bias_or_pooling() -> None:
+    assert first_step_gradient(300) == 0.0
+    assert first_step_gradient(300, forget_bias=2.0) > 1e-8
+    assert first_step_gradient(300, pooling="mean") > 1e-8
+    assert first_step_gradient(300, pooling="max") > 1e-8
+
+
+def test_forget_bias_is_the_sum_of_both_vectors_at_the_forget_gate_only() -> None:
+    torch.manual_seed(0)
+    model = LSTMClassifier(2, 3, hidden=4, layers=2, forget_bias=1.5)
+    torch.manual_seed(0)
+    plain = LSTMClassifier(2, 3, hidden=4, layers=2)
+    for layer in range(2):
+        total = getattr(model.lstm, f"bias_ih_l{layer}") + getattr(model.lstm, f"bias_hh_l{layer}")
+        default = getattr(plain.lstm, f"bias_ih_l{layer}") + getattr(plain.lstm, f"bias_hh_l{layer}")
+        assert total[4:8].tolist() == [1.5] * 4
+        torch.testing.assert_close(total[:4], default[:4])
+        torch.testing.assert_close(total[8:], default[8:])
+    # the forget gate it is: with f = 1, i = 0 and o = 1 the cell keeps its state
+    lstm = nn.LSTM(1, 1)
+    with torch.no_grad():
+        for parameter in lstm.parameters():
+            parameter.zero_()
+        lstm.bias_ih_l0[0] = -50.0
+    set_forget_bias(lstm, 50.0)
+    _, (_, cell) = lstm(torch.zeros(20, 1, 1), (torch.zeros(1, 1, 1), torch.full((1, 1, 1), 3.0)))
+    assert cell.item() == pytest.approx(3.0)
+    with pytest.raises(ValueError, match="bias=True"):
+        set_forget_bias(nn.LSTM(1, 1, bias=False), 1.0)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_layers": 2, "batch_first": True, "dropout": 0.0},
+        {"bidirectional": True},
+        {"proj_size": 3},
+        {"bias": False},
+    ],
+)
+def test_lstm_stands_in_for_torchs(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    ours, theirs = LSTM(5, 6, **options), nn.LSTM(5, 6, **options)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(4, 7, 5)
+    out, (h, c) = ours(x)
+    expected, (expected_h, expected_c) = theirs(x)
+    torch.testing.assert_close((out, h, c), (expected, expected_h, expected_c))
+    torch.testing.assert_close(ours(x, (h, c))[0], theirs(x, (h, c))[0])
+    packed = nn.utils.rnn.pack_padded_sequence(x, [4] * (4 if ours.batch_first else 7), batch_first=ours.batch_first)
+    torch.testing.assert_close(ours(packed)[0].data, theirs(packed)[0].data)
+    ours.load_state_dict(theirs.state_dict())
+    assert isinstance(ours, nn.LSTM)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    model = LSTMClassifier(1, 2, hidden=16, layers=2, dropout=0.5)
+    x = torch.randn(2, 1, 10)
+    assert not torch.equal(model(x)[0], model(x)[0])
+    model.eval()
+    assert torch.equal(model(x)[0], model(x)[0])
+
+
+def test_input_of_the_wrong_form_is_named() -> None:
+    model = build_model("fcn", in_channels=2, num_classes=3)
+    with pytest.raises(ValueError, match=r"x has shape \[4, 20\]; expected \[batch, channels=2, time\]"):
+        model(torch.randn(4, 20))
+    with pytest.raises(ValueError, match="channels=2"):
+        model(torch.randn(4, 1, 20))
+    with pytest.raises(ValueError, match="time ≥ 1"):
+        model(torch.randn(4, 2, 0))
+    x = torch.randn(4, 2, 20)
+    with pytest.raises(ValueError, match=r"lengths has shape \[3\]"):
+        model(x, torch.tensor([1, 2, 3]))
+    with pytest.raises(ValueError, match=r"dtype torch\.float32; expected integers"):
+        model(x, torch.ones(4))
+    for bad in (0, 21):
+        with pytest.raises(ValueError, match=r"valid are 1\.\.20"):
+            model(x, torch.tensor([5, bad, 5, 5]))
+
+
+def test_bad_options_name_their_limit_and_the_nearest_name() -> None:
+    def build(name: str, **options: Any) -> nn.Module:
+        return build_model(name, **{"in_channels": 1, "num_classes": 2, **options})
+
+    with pytest.raises(ValueError, match=r"model 'inceptoin' is not one of .*did you mean 'inception'"):
+        build("inceptoin")
+    with pytest.raises(ValueError, match=r"no option 'hiden' .did you mean 'hidden'"):
+        build("lstm", hiden=3)
+    for options, message in (
+        ({"hidden": 0}, "hidden=0"),
+        ({"layers": 0}, "layers=0"),
+        ({"dropout": 1.0}, r"dropout=1\.0 must lie in \[0, 1\)"),
+        ({"dropout": 0.1, "layers": 1}, "acts between layers"),
+        ({"pooling": "sum"}, "pooling='sum' is not one of"),
+        ({"num_classes": 1}, "num_classes=1 must be 2 or more"),
+        ({"in_channels": 0}, "in_channels=0 must be 1 or more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build("lstm", **options)
+    with pytest.raises(ValueError, match="one kernel per block"):
+        build("fcn", widths=(4, 4))
+    with pytest.raises(ValueError, match="one or more of each"):
+        build("resnet", widths=())
+    with pytest.raises(ValueError, match="blocks=0"):
+        build("inception", blocks=0)
+
+
+def test_presets_of_a_named_size_can_be_overridden() -> None:
+    model = build_model("lstm3-100", in_channels=1, num_classes=2, hidden=8)
+    assert isinstance(model, LSTMClassifier)
+    assert (model.lstm.num_layers, model.feature_dim) == (3, 8)
