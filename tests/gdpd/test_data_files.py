@@ -228,6 +228,28 @@ def test_a_broken_file_is_left_out_of_the_list_with_a_warning(tmp_path: Path) ->
     assert sorted(str(w.message).split("'")[1] for w in record) == ["Broken", "Odd", "Void"]
 
 
+def test_multivariate_arff_is_listed_as_it_loads(tmp_path: Path) -> None:
+    bundled = bundled_folder()
+    assert bundled is not None
+    text = (bundled / "BasicMotions" / "BasicMotions_TRAIN.arff").read_text()
+    for split in ("TRAIN", "TEST"):
+        (tmp_path / f"Motions_{split}.arff").write_text(text)
+    row = next(row for row in list_datasets(tmp_path) if row.name == "Motions")
+    data = load_dataset("Motions", data_dir=tmp_path)
+    assert row[2:] == (40, 40, 6, 100, 4)
+    assert data.X_train.shape == (40, 6, 100)
+    assert data.classes.tolist() == ["Badminton", "Running", "Standing", "Walking"]
+
+
+def test_a_folder_with_one_unsplit_file_is_that_set(tmp_path: Path) -> None:
+    path = write_ts(tmp_path / "all.ts", SERIES)
+    assert find_files(tmp_path).train == path
+    with pytest.warns(UserWarning, match="one file only"):
+        data = load_dataset(tmp_path)
+    assert data.name == "all"
+    assert len(data.y_train) + len(data.y_test) == 4
+
+
 def test_without_aeon_the_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_ts(tmp_path / "x.ts", SERIES)
     for name in [name for name in sys.modules if name == "aeon" or name.startswith("aeon.")]:

@@ -10,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from gdpd.models import FCN, LSTM, Inception, LSTMClassifier, ResNet, build_model, model_names, set_forget_bias
+from gdpd.models import (
+    FCN,
+    LSTM,
+    Classifier,
+    Inception,
+    LSTMClassifier,
+    ResNet,
+    build_model,
+    model_names,
+    set_forget_bias,
+)
 
 SMALL: dict[str, dict[str, Any]] = {
     "lstm": {"hidden": 7, "layers": 2},
@@ -98,10 +108,9 @@ def test_lstm_pooling_is_over_the_valid_steps_only(pooling: str, batch: int, see
     torch.manual_seed(seed)
     model = LSTMClassifier(2, 3, hidden=4, layers=2, pooling=pooling)
     x, lengths = torch.randn(batch, 2, 9), torch.randint(1, 10, (batch,))
-    lstm: nn.LSTM = model.lstm
     feature, _ = model(x, lengths)
     for i, length in enumerate(lengths.tolist()):
-        outputs = lstm(x[i : i + 1, :, :length].transpose(1, 2))[0][0]
+        outputs = model.lstm(x[i : i + 1, :, :length].transpose(1, 2))[0][0]
         expected = {"last": outputs[-1], "mean": outputs.mean(0), "max": outputs.amax(0)}[pooling]
         torch.testing.assert_close(feature[i], expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(model(x)[0], model(x, torch.full((batch,), 9))[0])
@@ -139,7 +148,7 @@ def test_forget_bias_is_the_sum_of_both_vectors_at_the_forget_gate_only() -> Non
     with torch.no_grad():
         for parameter in lstm.parameters():
             parameter.zero_()
-        lstm.bias_ih_l0[0] = -50.0
+        lstm.get_parameter("bias_ih_l0")[0] = -50.0
     set_forget_bias(lstm, 50.0)
     _, (_, cell) = lstm(torch.zeros(20, 1, 1), (torch.zeros(1, 1, 1), torch.full((1, 1, 1), 3.0)))
     assert cell.item() == pytest.approx(3.0)
@@ -223,6 +232,11 @@ def test_bad_options_name_their_limit_and_the_nearest_name() -> None:
         build("resnet", widths=())
     with pytest.raises(ValueError, match="blocks=0"):
         build("inception", blocks=0)
+
+
+def test_the_base_class_asks_for_features() -> None:
+    with pytest.raises(NotImplementedError):
+        Classifier(1, 2, 3)(torch.randn(2, 1, 4))
 
 
 def test_presets_of_a_named_size_can_be_overridden() -> None:
