@@ -20,7 +20,7 @@ from torch import Tensor
 from gdpd_kernels.program import DenoiserProgram
 
 # Fastest first.
-ORDER = ("reference",)
+ORDER = ("native", "reference")
 
 
 class BackendError(RuntimeError):

@@ -1,0 +1,231 @@
+// Python's view of the kernels: addresses and sizes in, nothing of torch. The Python side (backends/native_backend.py)
+// has checked dtypes, devices and shapes, and keeps the tensors alive for the call.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "dispatch.h"
+#include "parallel.h"
+
+namespace py = pybind11;
+using Address = uintptr_t;
+
+namespace {
+
+using gk::Call;
+using gk::Flow;
+using gk::Kernels;
+using gk::Plan;
+using gk::Wanted;
+
+const void* in(Address a) { return reinterpret_cast<const void*>(a); }
+void* out(Address a) { return reinterpret_cast<void*>(a); }
+
+std::vector<const void*> ins(const std::vector<Address>& all) {
+  std::vector<const void*> pointers;
+  for (Address a : all) pointers.push_back(in(a));
+  return pointers;
+}
+std::vector<void*> outs(const std::vector<Address>& all) {
+  std::vector<void*> pointers;
+  for (Address a : all) pointers.push_back(out(a));
+  return pointers;
+}
+
+// A gradient is wanted where its address is not null.
+std::vector<char> given(const std::vector<Address>& all) {
+  std::vector<char> flags;
+  for (Address a : all) flags.push_back(a != 0);
+  return flags;
+}
+
+// A program together with the kernels that run it.
+struct Program {
+  Plan plan;
+  const Kernels* kernels;
+  Program(const std::vector<int64_t>& code, const std::vector<double>& numbers, const std::string& isa)
+      : plan(Plan::decode(code, numbers)), kernels(&gk::kernels_named(isa)) {}
+};
+
+// The inputs that forward, backward and prior_loss share.
+struct Inputs {
+  std::vector<const void*> rows, tables, params;
+  Call call{};
+  Inputs(const Program& program, long batch, long samples, long steps, Address z, Address noise, uint64_t seed,
+         const std::vector<Address>& row_list, const std::vector<Address>& table_list,
+         const std::vector<Address>& param_list, bool bf16, int threads)
+      : rows(ins(row_list)), tables(ins(table_list)), params(ins(param_list)) {
+    const Plan& plan = program.plan;
+    if (int(rows.size()) != plan.n_rows || int(tables.size()) != plan.n_tables || params.size() != plan.params.size())
+      throw std::invalid_argument("rows, tables or params do not match the program");
+    if (batch < 1 || samples < 1 || steps < 1 || threads < 1)
+      throw std::invalid_argument("batch, samples, steps and threads must be at least 1");
+    call.plan = &plan;
+    call.batch = batch;
+    call.samples = samples;
+    call.steps = steps;
+    call.z = in(z);
+    call.noise = in(noise);
+    call.seed = seed;
+    call.rows = rows.data();
+    call.tables = tables.data();
+    call.params = params.data();
+    call.bf16 = bf16;
+    call.threads = threads;
+  }
+};
+
+void set_alpha(Call& call, Address alpha, long row, long col) {
+  call.alpha = in(alpha);
+  call.alpha_row = row;
+  call.alpha_col = col;
+}
+
+void set_coefficients(Call& call, const std::vector<double>& coefficients) {
+  if (long(coefficients.size()) != 3 * call.steps) throw std::invalid_argument("coefficients: expected 3 per step");
+  call.coefficients = coefficients.data();
+}
+
+void forward(const Program& program, bool f64, long batch, long samples, const std::vector<double>& coefficients,
+             Address z, Address alpha, long alpha_row, long alpha_col, Address noise, uint64_t seed,
+             const std::vector<Address>& rows, const std::vector<Address>& tables, const std::vector<Address>& params,
+             bool bf16, int save, int threads, Address z_hat, Address stats, Address saved) {
+  Inputs inputs(program, batch, samples, long(coefficients.size()) / 3, z, noise, seed, rows, tables, params, bf16,
+                threads);
+  Call& call = inputs.call;
+  set_alpha(call, alpha, alpha_row, alpha_col);
+  set_coefficients(call, coefficients);
+  call.save = save;
+  call.z_hat = out(z_hat);
+  call.stats = out(stats);
+  call.saved = out(saved);
+  py::gil_scoped_release nogil;
+  (f64 ? program.kernels->forward_f64 : program.kernels->forward_f32)(call);
+}
+
+void backward(const Program& program, bool f64, long batch, long samples, const std::vector<double>& coefficients,
+              Address z, Address alpha, long alpha_row, long alpha_col, Address noise, uint64_t seed,
+              const std::vector<Address>& rows, const std::vector<Address>& tables, const std::vector<Address>& params,
+              bool bf16, int save, int threads, Address stats, Address saved, Address grad, Address grad_z,
+              Address grad_alpha, const std::vector<Address>& grad_rows, const std::vector<Address>& grad_tables,
+              const std::vector<Address>& grad_params) {
+  Inputs inputs(program, batch, samples, long(coefficients.size()) / 3, z, noise, seed, rows, tables, params, bf16,
+                threads);
+  Call& call = inputs.call;
+  set_alpha(call, alpha, alpha_row, alpha_col);
+  set_coefficients(call, coefficients);
+  call.save = save;
+  call.stats = out(stats);
+  call.saved = out(saved);
+  call.grad = in(grad);
+  call.grad_z = out(grad_z);
+  call.grad_alpha = out(grad_alpha);
+  const Wanted wanted{grad_z != 0, grad_alpha != 0, given(grad_rows), given(grad_tables), given(grad_params)};
+  const Flow flow = gk::analyse(program.plan, wanted, wanted.z || wanted.alpha || call.steps > 1);
+  const std::vector<void*> to_rows = outs(grad_rows), to_tables = outs(grad_tables), to_params = outs(grad_params);
+  call.wanted = &wanted;
+  call.flow = &flow;
+  call.grad_rows = to_rows.data();
+  call.grad_tables = to_tables.data();
+  call.grad_params = to_params.data();
+  py::gil_scoped_release nogil;
+  (f64 ? program.kernels->backward_f64 : program.kernels->backward_f32)(call);
+}
+
+double prior_loss(const Program& program, bool f64, long batch, Address z, Address noise, uint64_t seed,
+                  Address signal, Address sigma, const std::vector<Address>& rows, const std::vector<Address>& tables,
+                  const std::vector<Address>& params, int prediction, bool bf16, int threads, Address stats,
+                  bool gradients, Address grad_z, const std::vector<Address>& grad_rows,
+                  const std::vector<Address>& grad_tables, const std::vector<Address>& grad_params) {
+  Inputs inputs(program, batch, 1, 1, z, noise, seed, rows, tables, params, bf16, threads);
+  Call& call = inputs.call;
+  double loss = 0.0;
+  call.prior = true;
+  call.prediction = prediction;
+  call.signal = in(signal);
+  call.sigma = in(sigma);
+  call.stats = out(stats);
+  call.loss = &loss;
+  call.grad_z = out(grad_z);
+  const Wanted wanted{grad_z != 0, false, given(grad_rows), given(grad_tables), given(grad_params)};
+  const Flow flow = gk::analyse(program.plan, wanted, wanted.z);
+  const std::vector<void*> to_rows = outs(grad_rows), to_tables = outs(grad_tables), to_params = outs(grad_params);
+  call.wanted = gradients ? &wanted : nullptr;
+  call.flow = &flow;
+  call.grad_rows = to_rows.data();
+  call.grad_tables = to_tables.data();
+  call.grad_params = to_params.data();
+  {
+    py::gil_scoped_release nogil;
+    (f64 ? program.kernels->prior_f64 : program.kernels->prior_f32)(call);
+  }
+  return loss;
+}
+
+// As PyTorch's BatchNorm updates them: running = (1 − momentum) running + momentum new, the variance unbiased.
+template <class Running, class Stats>
+void update_running(const std::vector<Address>& means, const std::vector<Address>& vars, const Stats* stats,
+                    const std::vector<long>& widths, const std::vector<double>& momenta, long rows) {
+  const size_t layers = widths.size();
+  const double unbiased = double(rows) / double(rows - 1);
+  for (size_t at = 0; at < momenta.size(); ++at) {
+    const size_t i = at % layers;
+    Running* mean = static_cast<Running*>(out(means[i]));
+    Running* var = static_cast<Running*>(out(vars[i]));
+    const double m = momenta[at];
+    for (long c = 0; mean && c < widths[i]; ++c) {
+      mean[c] = Running(m * stats[c] + (1.0 - m) * mean[c]);
+      var[c] = Running(m * (stats[widths[i] + c] * unbiased) + (1.0 - m) * var[c]);
+    }
+    stats += 2 * widths[i];
+  }
+}
+
+void update_running_stats(bool running_f64, bool stats_f64, const std::vector<Address>& means,
+                          const std::vector<Address>& vars, Address stats, const std::vector<long>& widths,
+                          const std::vector<double>& momenta, long rows) {
+  if (means.size() != widths.size() || vars.size() != widths.size() || widths.empty() ||
+      momenta.size() % widths.size() != 0 || rows < 2)
+    throw std::invalid_argument("means, variances, widths and momenta do not match, or rows < 2");
+  const auto* f32 = static_cast<const float*>(in(stats));
+  const auto* f64 = static_cast<const double*>(in(stats));
+  if (running_f64)
+    stats_f64 ? update_running<double>(means, vars, f64, widths, momenta, rows)
+              : update_running<double>(means, vars, f32, widths, momenta, rows);
+  else
+    stats_f64 ? update_running<float>(means, vars, f64, widths, momenta, rows)
+              : update_running<float>(means, vars, f32, widths, momenta, rows);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "CPU kernels of gdpd_kernels; used through gdpd_kernels.backends.native_backend.";
+  py::class_<Program>(m, "Program")
+      .def(py::init<const std::vector<int64_t>&, const std::vector<double>&, const std::string&>())
+      .def_property_readonly("instruction_set", [](const Program& p) { return p.kernels->name; })
+      .def_property_readonly("stats_width", [](const Program& p) { return p.plan.stats_width; })
+      .def("saved_numel",
+           [](const Program& p, bool f64, long rows, long steps, int save) {
+             return gk::saved_numel(p.plan, p.kernels->vector_bytes, f64 ? 8 : 4, rows, steps, save);
+           })
+      .def("tile_rows", [](const Program& p, bool f64, long rows) {
+        return gk::tiling(p.kernels->vector_bytes, f64 ? 8 : 4, rows, p.plan.widest).rows;
+      });
+  m.def("forward", &forward);
+  m.def("backward", &backward);
+  m.def("prior_loss", &prior_loss);
+  m.def("update_running_stats", &update_running_stats);
+  m.def("normals", [](const std::string& isa, uint64_t seed, long rows, long cols, uint32_t step, uint32_t sample,
+                      Address to) {
+    gk::kernels_named(isa).normals_f32(seed, rows, cols, step, sample, static_cast<float*>(out(to)));
+  });
+  m.def("instruction_sets", [] {
+    std::vector<std::pair<std::string, bool>> sets;
+    for (const auto& set : gk::instruction_sets()) sets.emplace_back(set.name, set.usable);
+    return sets;
+  });
+  m.def("use_openmp", [](Address parallel, Address thread, Address threads) {
+    gk::use_openmp(out(parallel), out(thread), out(threads));
+  });
+  m.def("uses_openmp", &gk::uses_openmp);
+}

@@ -1,0 +1,137 @@
+// The one matrix-product kernel, and the three products of a linear layer made of it.
+//
+//   y[i][n] (+)= sum_l coef[l * sl + i] * x[l][n]          i < MR rows, n < NV vectors
+//
+// Activations are kept feature-major: a tile is [width][R] with R batch rows along the vector lanes. So a linear layer
+// y = W x takes scalars from W and vectors from x, no width is ever padded, and norms and activations are plain loops.
+// MR · NV accumulators stay in registers; each x vector serves MR of them and each coefficient NV.
+
+// How a product is formed: plain floats, or pairs of bfloat16 in 32-bit words, summed in float.
+template <class T>
+struct Plain {
+  static GK_INLINE V<T> multiply_add(V<T> acc, V<T> x, T coef) { return acc + x * coef; }
+};
+
+#ifdef GK_BF16
+struct Pairs {
+  static GK_INLINE V<float> multiply_add(V<float> acc, V<float> x, float coef) {
+    return V<float>(_mm512_dpbf16_ps(__m512(acc), (__m512bh)(x), (__m512bh)_mm512_set1_ps(coef)));
+  }
+};
+#endif
+
+enum Init : int { kZero, kBias, kAdd };
+
+template <class T, class Product, int MR, int NV>
+__attribute__((noinline)) void gemm_kernel(const T* coef, long sl, long depth, const T* x, long ldx, T* y, long ldy,
+                                           int init, const T* bias) {
+  constexpr int L = kLanes<T>;
+  V<T> acc[MR][NV];
+  if (init == kAdd) {
+#pragma GCC unroll 32
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[i][v] = load(y + i * ldy + v * L);
+  } else {
+#pragma GCC unroll 32
+    for (int i = 0; i < MR; ++i) {
+      const V<T> start = init == kBias ? splat<T>(bias[i]) : V<T>{};
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[i][v] = start;
+    }
+  }
+  for (long l = 0; l < depth; ++l) {
+    V<T> xv[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) xv[v] = load(x + v * L);
+#pragma GCC unroll 32
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[i][v] = Product::multiply_add(acc[i][v], xv[v], coef[i]);
+    coef += sl;
+    x += ldx;
+  }
+#pragma GCC unroll 32
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) store(y + i * ldy + v * L, acc[i][v]);
+}
+
+// Rows per kernel call: as many accumulators as the register file holds beside x and the coefficient.
+template <int NV>
+constexpr int kMaxRows = GK_ACCUMULATORS / NV;
+
+template <class T, class Product, int NV>
+struct Gemm {
+  using Kernel = void (*)(const T*, long, long, const T*, long, T*, long, int, const T*);
+
+  template <int... I>
+  static GK_INLINE Kernel pick(int rows, std::integer_sequence<int, I...>) {
+    static constexpr Kernel table[] = {gemm_kernel<T, Product, I + 1, NV>...};
+    return table[rows - 1];
+  }
+  static GK_INLINE Kernel kernel(int rows) { return pick(rows, std::make_integer_sequence<int, kMaxRows<NV>>{}); }
+
+  // All of y [m][NV vectors]. Blocks differ by at most one row, so none is left with too few accumulators to hide the
+  // latency of the multiply-add. packed: block b starts at coef + start · depth with sl = its rows; else unit stride.
+  static void run(const T* coef, long sl, bool packed, int m, long depth, const T* x, long ldx, T* y, long ldy,
+                  int init, const T* bias) {
+    const int blocks = (m + kMaxRows<NV> - 1) / kMaxRows<NV>;
+    const int base = m / blocks, longer = m % blocks;
+    int start = 0;
+    for (int b = 0; b < blocks; ++b) {
+      const int rows = base + (b < longer);
+      const T* c = packed ? coef + start * depth : coef + start;
+      kernel(rows)(c, packed ? rows : sl, depth, x, ldx, y + start * ldy, ldy, init, bias ? bias + start : nullptr);
+      start += rows;
+    }
+  }
+};
+
+// packed[block][l][i] = w[(start + i) * ld + l]: the coefficients of a block in the order in which they are used.
+template <class T, int NV>
+void pack_rows(const T* w, long ld, int m, long depth, T* packed) {
+  const int blocks = (m + kMaxRows<NV> - 1) / kMaxRows<NV>;
+  const int base = m / blocks, longer = m % blocks;
+  int start = 0;
+  for (int b = 0; b < blocks; ++b) {
+    const int rows = base + (b < longer);
+    transpose(w + start * ld, ld, rows, depth, packed + start * depth, rows);
+    start += rows;
+  }
+}
+
+#define GK_ROUND_UP(n, to) (((n) + (to) - 1) / (to) * (to))
+
+// --- bfloat16 ------------------------------------------------------------------------------------------------------
+
+// Round to bfloat16, to nearest even, kept as float.
+GK_INLINE V<float> round_bf16(V<float> x) {
+  using I = Simd<float>::I;
+  const I bits = (I)(x);
+  I rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & int32_t(0xffff0000);
+  rounded = x == x ? rounded : bits;  // NaN stays NaN
+  return (V<float>)(rounded);
+}
+
+inline void round_bf16(const float* x, long n, float* out) {
+  constexpr int L = kLanes<float>;
+  long i = 0;
+  for (; i + L <= n; i += L) store(out + i, round_bf16(load(x + i)));
+  for (; i < n; ++i) {
+    const V<float> one = round_bf16(splat<float>(x[i]));
+    out[i] = one[0];
+  }
+}
+
+// words[l/2][n] = (bf16 x[l][n], bf16 x[l + 1][n]), the even one in the low half; n a multiple of the lanes.
+inline void pair_rows(const float* x, long ld, long depth, int n, float* words, long ld_words) {
+  using I = Simd<float>::I;
+  for (long l = 0; l < depth; l += 2)
+    for (int i = 0; i < n; i += kLanes<float>) {
+      const V<float> low = round_bf16(load(x + l * ld + i));
+      const V<float> high = l + 1 < depth ? round_bf16(load(x + (l + 1) * ld + i)) : V<float>{};
+      const I word = (((I)(low) >> 16) & 0xffff) | (I)(high);
+      store(words + l / 2 * ld_words + i, (V<float>)(word));
+    }
+}

@@ -1,0 +1,165 @@
+// Plan: a DenoiserProgram decoded for the CPU kernels, and the arguments of one call.
+// Plain data, shared by every instruction set; nothing here may be inlined into code of a particular one.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace gk {
+
+// The order is that of `_KINDS` in backends/native_backend.py.
+enum class Kind : int {
+  Linear,
+  BatchNorm,
+  BatchNormEval,
+  LayerNorm,
+  RmsNorm,
+  Relu,
+  LeakyRelu,
+  Silu,
+  Gelu,
+  GeluTanh,
+  Tanh,
+  Sigmoid,
+  Add,
+  Mul,
+  Affine,
+  Slice,
+  Concat,
+};
+
+// A value is z (id 0), then rows, then tables, then the result of each operation, in order.
+struct Op {
+  Kind kind;
+  int out;                // value id
+  int width;              // of the result
+  std::vector<int> in;    // value ids
+  int param[4];           // weight, bias, mean, var: parameter index, or -1
+  double attr[2];         // eps | slope | scale, shift | start, stop
+  int aux = -1;           // arena row of the per-row statistics a norm keeps for backward (2 rows)
+  int stats = -1;         // BatchNorm: offset in the row of batch statistics
+};
+
+struct Param {
+  int rows, cols;         // [rows, cols]; a vector is [rows, 1]
+  bool matrix;
+  long size() const { return long(rows) * cols; }
+};
+
+struct Plan {
+  int features;
+  int n_rows, n_tables;
+  std::vector<int> width;   // of every value
+  std::vector<int> offset;  // arena row of z and of every result; -1 for rows and tables
+  std::vector<int> outer;   // rows and tables: row within the outer buffers; -1 otherwise
+  std::vector<Param> params;
+  std::vector<Op> ops;
+  std::vector<int> batch_norms;        // positions in ops
+  int output;                          // value id
+  int arena_rows;                      // rows of a tile's arena: values and what norms keep
+  int outer_rows;                      // total width of rows and tables
+  int stats_width;
+  int widest;
+
+  bool is_row(int value) const { return value >= 1 && value <= n_rows; }
+  bool is_table(int value) const { return value > n_rows && value <= n_rows + n_tables; }
+
+  // code: see native_backend.py. Throws std::invalid_argument on anything it does not know.
+  static Plan decode(const std::vector<int64_t>& code, const std::vector<double>& numbers);
+};
+
+// Which gradients are asked for.
+struct Wanted {
+  bool z = false, alpha = false;
+  std::vector<char> rows, tables, params;
+};
+
+// How gradients flow through a program for what is wanted of it.
+struct Flow {
+  std::vector<char> need;              // of every value: it has a gradient
+  std::vector<char> live;              // of every operation: its backward runs
+  std::vector<std::vector<char>> add;  // of every operand: its gradient is added to, not overwritten
+};
+Flow analyse(const Plan& plan, const Wanted& wanted, bool need_z);
+
+enum Save : int { kSaveNothing = 0, kSaveValues = 1, kSaveStates = 2 };
+enum Prediction : int { kEps = 0, kX0 = 1, kV = 2 };
+
+// One call. Tensors are dense and row-major, all of the state's type T; null where absent.
+struct Call {
+  const Plan* plan;
+  long batch, samples, steps;     // rows = samples * batch
+  const double* coefficients;     // [steps][3]
+  const void* z;                  // [batch, features]
+  const void* alpha;              // element (i, f) at alpha[i * alpha_row + f * alpha_col]
+  long alpha_row, alpha_col;
+  const void* noise;              // [samples, batch, features]
+  uint64_t seed;
+  const void* const* rows;        // each [batch, width]
+  const void* const* tables;      // each [steps, width]; in prior_loss [batch, width]
+  const void* const* params;
+  bool bf16;                      // operands of matrix products rounded to bfloat16
+  int save;
+  int threads;
+
+  void* z_hat;                    // [samples * batch, features]
+  void* stats;                    // [steps, stats_width]
+  void* saved;
+
+  // backward
+  const Wanted* wanted;
+  const Flow* flow;
+  const void* grad;               // [samples * batch, features]
+  void* grad_z;                   // [samples * batch, features]; summed over samples by the caller
+  void* grad_alpha;               // the same
+  void* const* grad_rows;         // each [samples * batch, width]
+  void* const* grad_tables;       // each as its table
+  void* const* grad_params;
+
+  // prior_loss
+  bool prior = false;
+  int prediction = kEps;
+  const void* signal;             // [batch]
+  const void* sigma;              // [batch]
+  double* loss;
+};
+
+// Rows per tile for a call of so many rows: a function of the call alone, never of the thread count.
+struct Tiling {
+  int vectors;  // SIMD vectors per tile
+  int rows;     // rows per tile
+  long tiles;
+  long groups;  // groups of tiles: the unit that a thread owns and that accumulates parameter gradients
+};
+
+struct Kernels {
+  const char* name;
+  int vector_bytes;
+  bool bf16;  // has bfloat16 products
+  void (*forward_f32)(const Call&);
+  void (*forward_f64)(const Call&);
+  void (*backward_f32)(const Call&);
+  void (*backward_f64)(const Call&);
+  void (*prior_f32)(const Call&);
+  void (*prior_f64)(const Call&);
+  // test hooks
+  void (*normals_f32)(uint64_t seed, long rows, long cols, uint32_t step, uint32_t sample, float* out);
+};
+
+// Aligned scratch memory that one call uses; kept for the next call up to a limit.
+void* acquire_workspace(size_t bytes);
+void release_workspace(void* memory);
+
+Tiling tiling(int vector_bytes, int element_bytes, long rows, int widest);
+
+// Numbers of type T that forward keeps for backward.
+long saved_numel(const Plan& plan, int vector_bytes, int element_bytes, long rows, long steps, int save);
+
+const Kernels* kernels_baseline();
+const Kernels* kernels_avx2();
+const Kernels* kernels_avx512();
+const Kernels* kernels_avx512_bf16();
+
+}  // namespace gk

@@ -1,0 +1,128 @@
+// Elementary functions on vectors. float: own minimax fits, a few units in the last place; double: the C library,
+// lane by lane, since double exists for checking gradients and not for speed.
+
+GK_INLINE V<float> round_to_even(V<float> x) {
+  const V<float> magic = splat<float>(12582912.0f);  // 1.5 · 2^23: |x| < 2^22
+  return (x + magic) - magic;
+}
+
+// e^x, relative error about 1e-7; 0 below -87.3 and e^88.3 above.
+GK_INLINE V<float> vexp(V<float> x) {
+  using I = Simd<float>::I;
+  x = x > 88.3f ? splat<float>(88.3f) : x;
+  const I tiny = x < -87.3f;
+  const V<float> n = round_to_even(x * 1.44269504088896341f);
+  const V<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  V<float> p = splat<float>(1.3813144392e-3f);
+  p = p * r + 8.3694188465e-3f;
+  p = p * r + 4.1668456790e-2f;
+  p = p * r + 1.6666514791e-1f;
+  p = p * r + 4.9999993051e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const I bits = (__builtin_convertvector(n, I) + 127) << 23;
+  return tiny ? V<float>{} : p * (V<float>)(bits);
+}
+
+GK_INLINE V<float> vsigmoid(V<float> x) { return 1.0f / (1.0f + vexp(-x)); }
+
+GK_INLINE V<float> vtanh(V<float> x) {
+  const V<float> a = x < 0.0f ? -x : x;
+  const V<float> s = x * x;
+  V<float> p = splat<float>(-5.6669773594e-3f);
+  p = p * s + 2.0606176864e-2f;
+  p = p * s - 5.3730007206e-2f;
+  p = p * s + 1.3331331003e-1f;
+  p = p * s - 3.3333278059e-1f;
+  const V<float> small = p * s * x + x;
+  const V<float> large = 1.0f - 2.0f / (vexp(2.0f * a) + 1.0f);
+  return a < 0.625f ? small : (x < 0.0f ? -large : large);
+}
+
+// Phi(x) and phi(x), the normal distribution and its density: what GELU and its derivative are made of.
+// erfc(u) = exp(-u²) t Q(t), t = 1 / (1 + u/2): one exponential serves both.
+GK_INLINE void vnormal(V<float> x, V<float>& distribution, V<float>& density) {
+  const V<float> u = (x < 0.0f ? -x : x) * 0.70710678118654752f;
+  const V<float> e = vexp(-u * u);
+  const V<float> t = 1.0f / (1.0f + 0.5f * u);
+  V<float> q = splat<float>(6.9312870434e-3f);
+  q = q * t - 9.5076228718e-2f;
+  q = q * t + 3.6501829300e-1f;
+  q = q * t - 5.8830628450e-1f;
+  q = q * t + 3.5657322041e-1f;
+  q = q * t - 6.5532761271e-2f;
+  q = q * t + 2.1494772155e-1f;
+  q = q * t + 2.4074291135e-1f;
+  q = q * t + 2.8262664885e-1f;
+  q = q * t + 2.8207516355e-1f;
+  const V<float> half = 0.5f * (e * t * q);
+  distribution = x < 0.0f ? half : 1.0f - half;
+  density = e * 0.39894228040143268f;
+}
+
+// ln x for normal positive x.
+GK_INLINE V<float> vlog(V<float> x) {
+  using I = Simd<float>::I;
+  // exponent and mantissa in [sqrt(1/2), sqrt(2))
+  const I bits = (I)(x);
+  const I exponent = (bits - 0x3f3504f3) >> 23;
+  const I mantissa = bits - (exponent << 23);
+  const V<float> f = (V<float>)(mantissa) - 1.0f;
+  const V<float> n = __builtin_convertvector(exponent, V<float>);
+  V<float> p = splat<float>(-7.6344930240e-2f);
+  p = p * f + 1.2761575644e-1f;
+  p = p * f - 1.3160183063e-1f;
+  p = p * f + 1.4201758234e-1f;
+  p = p * f - 1.6623357298e-1f;
+  p = p * f + 2.0001226865e-1f;
+  p = p * f - 2.5000821036e-1f;
+  p = p * f + 3.3333331708e-1f;
+  const V<float> s = f * f;
+  return n * 0.693359375f + (f + (p * s * f - 0.5f * s - n * 2.12194440e-4f));
+}
+
+// cos and sin of 2 pi u for u in (0, 1): the reduction by quarter turns is exact.
+GK_INLINE void vcossin_turns(V<float> u, V<float>& cosine, V<float>& sine) {
+  using I = Simd<float>::I;
+  const V<float> quarter = round_to_even(4.0f * u);
+  const V<float> r = u - 0.25f * quarter;
+  const V<float> s = r * r;
+  V<float> p = splat<float>(-75.391512960f);
+  p = p * s + 81.592313449f;
+  p = p * s - 41.341661268f;
+  p = p * s + 6.2831852867f;
+  const V<float> sin_r = p * r;
+  V<float> q = splat<float>(59.218803817f);
+  q = q * s - 85.442808428f;
+  q = q * s + 64.939315845f;
+  q = q * s - 19.739208649f;
+  const V<float> cos_r = q * s + 1.0f;
+  const I k = __builtin_convertvector(quarter, I) & 3;
+  const I swap = (k & 1) != 0;
+  const V<float> c = swap ? sin_r : cos_r, d = swap ? cos_r : sin_r;
+  cosine = (k == 1) | (k == 2) ? -c : c;
+  sine = k >= 2 ? -d : d;
+}
+
+template <double (*F)(double)>
+GK_INLINE V<double> lanewise(V<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = F(x[i]);
+  return x;
+}
+GK_INLINE V<double> vexp(V<double> x) { return lanewise<::exp>(x); }
+GK_INLINE V<double> vlog(V<double> x) { return lanewise<::log>(x); }
+GK_INLINE V<double> vtanh(V<double> x) { return lanewise<::tanh>(x); }
+GK_INLINE V<double> vsigmoid(V<double> x) { return 1.0 / (1.0 + vexp(-x)); }
+GK_INLINE void vnormal(V<double> x, V<double>& distribution, V<double>& density) {
+  distribution = 0.5 * lanewise<::erfc>(x * -0.70710678118654752440);
+  density = vexp(-0.5 * x * x) * 0.39894228040143267794;
+}
+GK_INLINE void vcossin_turns(V<double> u, V<double>& cosine, V<double>& sine) {
+  cosine = lanewise<::cos>(u * 6.28318530717958647693);
+  sine = lanewise<::sin>(u * 6.28318530717958647693);
+}
+
+template <class T>
+GK_INLINE V<T> vsqrt(V<T> x) {
+  for (int i = 0; i < kLanes<T>; ++i) x[i] = T(__builtin_sqrt(x[i]));
+  return x;
+}

@@ -1,0 +1,370 @@
+"""The native CPU kernels as a backend: hands addresses of checked tensors to the compiled module.
+
+GDPD_KERNELS_ISA names an instruction set (baseline, avx2, avx512, avx512_bf16) to use in place of the fastest one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdpd_kernels.backends import Capabilities
+from gdpd_kernels.program import KINDS, DenoiserProgram
+
+# The order is that of `enum class Kind` in csrc/plan.h.
+_KINDS = (
+    "linear",
+    "batch_norm",
+    "batch_norm_eval",
+    "layer_norm",
+    "rms_norm",
+    "relu",
+    "leaky_relu",
+    "silu",
+    "gelu",
+    "gelu_tanh",
+    "tanh",
+    "sigmoid",
+    "add",
+    "mul",
+    "affine",
+    "slice",
+    "concat",
+)
+_PREDICTIONS = {"eps": 0, "x0": 1, "v": 2}
+# Below so many multiply-adds in a call, forming a team of threads costs more than it saves.
+_MACS_PER_THREAD = 100_000
+
+
+@cache
+def _load() -> ModuleType | str:
+    """The compiled module, or why there is none."""
+    try:
+        from gdpd_kernels import _native  # type: ignore[attr-defined]
+    except ImportError as error:
+        return (
+            f"the compiled module is missing ({error}); install with a C++17 compiler at hand, "
+            "GDPD_KERNELS_BUILD=1 shows what fails"
+        )
+    _share_openmp(_native)
+    usable = [name for name, ok in _native.instruction_sets() if ok]
+    wanted = _forced_isa()
+    if wanted and wanted not in usable:
+        return f"GDPD_KERNELS_ISA={wanted}: not usable on this processor, which has {', '.join(usable)}"
+    return _native
+
+
+def _forced_isa() -> str:
+    return os.environ.get("GDPD_KERNELS_ISA", "")
+
+
+def _share_openmp(native: ModuleType) -> None:
+    """Give the module torch's own OpenMP runtime, so that both use one team of threads."""
+    for library in _openmp_libraries():
+        try:
+            runtime = ctypes.CDLL(library, mode=getattr(os, "RTLD_NOLOAD", 0) | getattr(os, "RTLD_LAZY", 1))
+            entries = [runtime.GOMP_parallel, runtime.omp_get_thread_num, runtime.omp_get_num_threads]
+        except (OSError, AttributeError):
+            continue
+        native.use_openmp(*(ctypes.cast(entry, ctypes.c_void_p).value for entry in entries))
+        return
+
+
+def _openmp_libraries() -> list[str]:
+    """OpenMP runtimes that this process has loaded, those in torch's own folder first."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return []
+    found = dict.fromkeys(re.findall(r"(/\S*lib(?:gomp|iomp5|omp)[^/\s]*\.so\S*)", maps))
+    home = str(Path(torch.__file__).parent)
+    return sorted(found, key=lambda path: not path.startswith(home))
+
+
+def instruction_set() -> str:
+    """Name of the instruction set in use, '' where the module is missing."""
+    native = _load()
+    if isinstance(native, str):
+        return ""
+    return _forced_isa() or [name for name, ok in native.instruction_sets() if ok][-1]
+
+
+@lru_cache(maxsize=256)
+def _program(program: DenoiserProgram, isa: str) -> Any:
+    """The program decoded by the compiled module; its code is read by `Plan::decode` in csrc/plan.cpp."""
+    ids = {"z": 0}
+    ids |= {f"r{i}": 1 + i for i in range(len(program.rows))}
+    ids |= {f"t{i}": 1 + len(program.rows) + i for i in range(len(program.tables))}
+    code = [program.features, len(program.rows), len(program.tables), *program.rows, *program.tables]
+    code.append(len(program.params))
+    for shape in program.params:
+        code += [shape[0], shape[1] if len(shape) == 2 else 0]
+    code.append(len(program.ops))
+    numbers: list[float] = []
+    for number, op in enumerate(program.ops, start=1):
+        code += [_KINDS.index(op.kind), program.widths[f"%{number}"], len(op.inputs)]
+        code += [ids[operand] for operand in op.inputs]
+        named = dict(zip(KINDS[op.kind].params, op.params, strict=True))
+        code += [-1 if (index := named.get(name)) is None else index for name in ("weight", "bias", "mean", "var")]
+        numbers += [*op.attrs, 0.0, 0.0][:2]
+        ids[f"%{number}"] = len(ids)
+    code.append(ids[program.output])
+    native = _load()
+    assert not isinstance(native, str)
+    return native.Program(code, numbers, isa)
+
+
+def _threads(program: DenoiserProgram, rows: int, steps: int) -> int:
+    work = (program.macs + 20 * sum(program.widths.values())) * rows * steps
+    return max(1, min(torch.get_num_threads(), 1 + work // _MACS_PER_THREAD))
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
+
+
+def _dense_list(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def _seed(seed: Tensor | None) -> int:
+    return 0 if seed is None else int(seed) & (2**64 - 1)
+
+
+def _alpha_strides(alpha: Tensor | None) -> tuple[int, int]:
+    if alpha is None:
+        return 0, 0
+    row, col = alpha.stride()
+    return (0 if alpha.shape[0] == 1 else row), (0 if alpha.shape[1] == 1 else col)
+
+
+class NativeBackend:
+    """One call forward and one call backward, on all threads that torch would use."""
+
+    CAPABILITIES = Capabilities(
+        devices=("cpu",),
+        dtypes=(torch.float32, torch.float64),
+        compute_dtypes=(torch.bfloat16,),
+        operations=_KINDS,
+        max_width=16384,
+        fuses_prior_gradient=True,
+    )
+
+    def unusable(self) -> list[str]:
+        native = _load()
+        return [native] if isinstance(native, str) else []
+
+    def _plan(self, program: DenoiserProgram) -> Any:
+        return _program(program, instruction_set())
+
+    def saved_numel(
+        self, program: DenoiserProgram, steps: int, rows: int, compute_dtype: torch.dtype, save: int
+    ) -> int:
+        f64 = compute_dtype == torch.float64
+        return self._plan(program).saved_numel(f64, rows, steps, save)
+
+    def reverse_sample(
+        self,
+        program: DenoiserProgram,
+        z_short: Tensor,
+        alpha: Tensor | None,
+        noise: Tensor | None,
+        seed: Tensor | None,
+        rows: Sequence[Tensor],
+        tables: Sequence[Tensor],
+        params: Sequence[Tensor],
+        coefficients: Sequence[float],
+        num_samples: int,
+        compute_dtype: torch.dtype,
+        save: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        batch, features = z_short.shape
+        total, steps = num_samples * batch, len(coefficients) // 3
+        plan, f64 = self._plan(program), z_short.dtype == torch.float64
+        z_short, noise = _dense(z_short), _dense(noise)
+        rows, tables, params = _dense_list(rows), _dense_list(tables), _dense_list(params)
+        z_hat = z_short.new_empty(total, features)
+        stats = z_short.new_empty(steps, program.stats_width)
+        saved = z_short.new_empty(plan.saved_numel(f64, total, steps, save))
+        _load().forward(  # type: ignore[union-attr]
+            plan,
+            f64,
+            batch,
+            num_samples,
+            coefficients,
+            _address(z_short),
+            _address(alpha),
+            *_alpha_strides(alpha),
+            _address(noise),
+            _seed(seed),
+            _addresses(rows),
+            _addresses(tables),
+            _addresses(params),
+            compute_dtype == torch.bfloat16,
+            save,
+            _threads(program, total, steps),
+            _address(z_hat),
+            _address(stats),
+            _address(saved),
+        )
+        return z_hat, stats, saved
+
+    def reverse_sample_backward(
+        self,
+        grad: Tensor,
+        program: DenoiserProgram,
+        z_short: Tensor,
+        alpha: Tensor | None,
+        noise: Tensor | None,
+        seed: Tensor | None,
+        rows: Sequence[Tensor],
+        tables: Sequence[Tensor],
+        params: Sequence[Tensor],
+        stats: Tensor,
+        saved: Tensor,
+        coefficients: Sequence[float],
+        num_samples: int,
+        compute_dtype: torch.dtype,
+        save: int,
+        wanted: Sequence[int],
+    ) -> list[Tensor]:
+        batch, features = z_short.shape
+        total, steps = num_samples * batch, len(coefficients) // 3
+        grad, z_short, noise = _dense(grad), _dense(z_short), _dense(noise)
+        rows, tables, params = _dense_list(rows), _dense_list(tables), _dense_list(params)
+        ends = 2 + len(rows), 2 + len(rows) + len(tables)
+        # What the kernels fill: per row of the batch of trajectories for z, alpha and rows, as they are for the rest.
+        filled: list[Tensor | None] = [None] * (ends[1] + len(params))
+        for i in wanted:
+            if i < 2:
+                filled[i] = z_short.new_empty(total, features)
+            elif i < ends[0]:
+                filled[i] = z_short.new_empty(total, program.rows[i - 2])
+            else:
+                filled[i] = torch.empty_like(tables[i - ends[0]] if i < ends[1] else params[i - ends[1]])
+        addresses = [_address(tensor) for tensor in filled]
+        _load().backward(  # type: ignore[union-attr]
+            self._plan(program),
+            z_short.dtype == torch.float64,
+            batch,
+            num_samples,
+            coefficients,
+            _address(z_short),
+            _address(alpha),
+            *_alpha_strides(alpha),
+            _address(noise),
+            _seed(seed),
+            _addresses(rows),
+            _addresses(tables),
+            _addresses(params),
+            compute_dtype == torch.bfloat16,
+            save,
+            _threads(program, total, steps),
+            _address(stats),
+            _address(saved),
+            _address(grad),
+            addresses[0],
+            addresses[1],
+            addresses[2 : ends[0]],
+            addresses[ends[0] : ends[1]],
+            addresses[ends[1] :],
+        )
+        for i in wanted:
+            if i < ends[0] and num_samples > 1:
+                filled[i] = filled[i].view(num_samples, batch, -1).sum(0)  # type: ignore[union-attr]
+            if i == 1:
+                filled[1] = filled[1].sum_to_size(alpha.shape)  # type: ignore[union-attr]
+        return [filled[i] for i in wanted]  # type: ignore[misc]
+
+    def prior_loss(
+        self,
+        program: DenoiserProgram,
+        z_long: Tensor,
+        noise: Tensor | None,
+        seed: Tensor | None,
+        signal: Tensor,
+        sigma: Tensor,
+        rows: Sequence[Tensor],
+        tables: Sequence[Tensor],
+        params: Sequence[Tensor],
+        prediction: str,
+        compute_dtype: torch.dtype,
+        wanted: Sequence[int],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        batch = z_long.shape[0]
+        z_long, noise, signal, sigma = _dense(z_long), _dense(noise), _dense(signal), _dense(sigma)
+        rows, tables, params = _dense_list(rows), _dense_list(tables), _dense_list(params)
+        inputs = [z_long, *rows, *tables, *params]
+        stats = z_long.new_empty(1, program.stats_width)
+        flat = z_long.new_empty(sum(inputs[i].numel() for i in wanted))
+        addresses, at = [0] * len(inputs), flat.data_ptr()
+        for i in wanted:
+            addresses[i] = at
+            at += inputs[i].numel() * flat.element_size()
+        ends = 1 + len(rows), 1 + len(rows) + len(tables)
+        value = _load().prior_loss(  # type: ignore[union-attr]
+            self._plan(program),
+            z_long.dtype == torch.float64,
+            batch,
+            _address(z_long),
+            _address(noise),
+            _seed(seed),
+            _address(signal),
+            _address(sigma),
+            _addresses(rows),
+            _addresses(tables),
+            _addresses(params),
+            _PREDICTIONS[prediction],
+            compute_dtype == torch.bfloat16,
+            _threads(program, batch, 1),
+            _address(stats),
+            bool(wanted),
+            addresses[0],
+            addresses[1 : ends[0]],
+            addresses[ends[0] : ends[1]],
+            addresses[ends[1] :],
+        )
+        return z_long.new_full((), value), stats, flat
+
+    def update_running_stats(
+        self,
+        means: Sequence[Tensor],
+        variances: Sequence[Tensor],
+        stats: Tensor,
+        widths: Sequence[int],
+        momenta: Sequence[float],
+        rows: int,
+    ) -> None:
+        kept = [mean for mean in means if mean.numel()]
+        if any(x.dtype != kept[0].dtype or not x.is_contiguous() for x in [*kept, *variances] if x.numel()):
+            raise ValueError("running statistics: expected dense tensors of one dtype; move the denoiser with .to(...)")
+        _load().update_running_stats(  # type: ignore[union-attr]
+            kept[0].dtype == torch.float64,
+            stats.dtype == torch.float64,
+            [_address(x) if x.numel() else 0 for x in means],
+            [_address(x) if x.numel() else 0 for x in variances],
+            _address(stats),
+            widths,
+            momenta,
+            rows,
+        )
+
+
+BACKEND = NativeBackend()

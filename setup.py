@@ -1,0 +1,80 @@
+"""Builds the optional compiled module gdpd_kernels._native; everything else is in pyproject.toml.
+
+GDPD_KERNELS_BUILD=0 leaves the module out, =1 makes a failed build an error. Unset, a machine without a C++ compiler gets
+the pure-Python package, which runs on the reference backend and says so in `python -m gdpd_kernels.info`.
+GDPD_KERNELS_SANITIZE=1 builds with the address and undefined-behaviour sanitizers, for the test that wants them.
+"""
+
+import os
+import platform
+import sys
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import BaseError
+
+BUILD = os.environ.get("GDPD_KERNELS_BUILD", "")
+SANITIZE = os.environ.get("GDPD_KERNELS_SANITIZE", "") == "1"
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+# -ffp-contract=fast: multiply and add become one rounding where the instruction set has it. Nothing else is relaxed.
+COMMON = ["-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-Wall"]
+AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+# One source per instruction set, each with flags of its own; the choice is made at run time.
+PER_SOURCE = {
+    "csrc/kernels_baseline.cpp": [],
+    "csrc/kernels_avx2.cpp": ["-mavx2", "-mfma"],
+    "csrc/kernels_avx512.cpp": AVX512,
+    "csrc/kernels_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
+}
+SHARED = ["csrc/bindings.cpp", "csrc/dispatch.cpp", "csrc/parallel.cpp", "csrc/plan.cpp"]
+SOURCES = SHARED + [source for source in PER_SOURCE if X86 or source == "csrc/kernels_baseline.cpp"]
+
+
+class BuildNative(build_ext):
+    """Compiles each source with its own flags, in parallel, and survives a missing compiler unless told otherwise."""
+
+    def build_extension(self, ext):
+        try:
+            self._build(ext)
+        except (BaseError, OSError) as error:
+            if BUILD == "1":
+                raise
+            print(f"gdpd_kernels: building without the native CPU kernels: {error}", file=sys.stderr)
+
+    def _build(self, ext):
+        from concurrent.futures import ThreadPoolExecutor
+
+        import pybind11
+
+        sanitize = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-O1", "-g"] if SANITIZE else []
+
+        def compile_one(source):
+            flags = [*COMMON, *PER_SOURCE.get(source, []), *sanitize]
+            return self.compiler.compile(
+                [source],
+                output_dir=self.build_temp,
+                include_dirs=[pybind11.get_include(), *self.compiler.include_dirs],
+                extra_postargs=flags,
+                depends=ext.depends,
+            )
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [name for names in pool.map(compile_one, ext.sources) for name in names]
+        target = self.get_ext_fullpath(ext.name)
+        os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
+        link = ["-Wl,-s"] if sys.platform == "linux" and not SANITIZE else []
+        self.compiler.link_shared_object(
+            objects, target, extra_postargs=[*link, *sanitize], target_lang="c++", libraries=self.get_libraries(ext)
+        )
+
+    def get_outputs(self):
+        # A module that was not built is no output; setuptools would look for it.
+        return [path for path in super().get_outputs() if os.path.exists(path)]
+
+
+HEADERS = sorted(f"csrc/{name}" for name in os.listdir("csrc") if name.endswith(".h"))
+setup(
+    ext_modules=[] if BUILD == "0" else [Extension("gdpd_kernels._native", SOURCES, depends=HEADERS, language="c++")],
+    cmdclass={"build_ext": BuildNative},
+)
