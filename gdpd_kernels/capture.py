@@ -1,0 +1,344 @@
+"""torch.nn.Module -> DenoiserProgram: capture, the cache of captures, and the captured denoiser that stays live.
+
+`tracing` runs the module, `lowering` reads the trace; here a capture is checked against the module, kept for as long as
+the module lives, and found again as long as nothing has changed that the forward pass could depend on.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from gdpd_kernels.backends import reference
+from gdpd_kernels.lowering import CaptureError, Lowered, lower
+from gdpd_kernels.program import DenoiserProgram
+from gdpd_kernels.prologue import Prologue
+from gdpd_kernels.tracing import Leaf, Trace, trace
+from gdpd_kernels.watch import Reader, Watch
+
+__all__ = ["CaptureError", "CapturedDenoiser", "capture"]
+
+_KEPT_PER_MODULE = 8  # train and eval mode, with and without a condition, ...
+_GUESSES = 6
+_CHECK_ROWS = 16
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-2, torch.bfloat16: 0.5, torch.float16: 0.2}
+
+
+class _Plan:
+    """What a capture found out. It holds no reference to the module, so that the cache can let go of it."""
+
+    def __init__(self, module: nn.Module, key: tuple[Any, ...], traced: Trace, found: Lowered) -> None:
+        self.key = key
+        self.watch = Watch(module, traced.touched)
+        self.program = found.program
+        self.t_per_row = traced.t_per_row
+        self.batch_norms = found.batch_norms
+        self.params = _Feed(module, found.params)
+        self.tables = _Feed(module, found.tables)
+        self.rows = _Feed(module, found.rows)
+        self.modes = tuple((path, submodule.training) for path, submodule in module.named_modules())
+
+
+class _Feed:
+    """A prologue with the way to its tensors."""
+
+    def __init__(self, module: nn.Module, prologue: Prologue) -> None:
+        self.prologue = prologue
+        self.reader = Reader(module, prologue.leaves)
+
+    def leaves(self, module: nn.Module) -> list[Tensor]:
+        if torch.compiler.is_compiling():  # a compiler has to see the way from the module to its tensors
+            return [_find(module, leaf) for leaf in self.prologue.leaves]
+        return self.reader.read()
+
+
+def _find(module: nn.Module, leaf: Leaf) -> Any:
+    if not leaf.store:
+        return leaf.constant
+    owner = module.get_submodule(leaf.path) if leaf.path else module
+    return getattr(owner, leaf.key)
+
+
+class CapturedDenoiser:
+    """A denoiser as a program, live: every call reads the module's tensors as they are at that moment.
+
+    Made by `capture`. Copies and pickles as its module does; the copy is captured anew.
+
+    Attributes:
+        program: the `DenoiserProgram`.
+        module: the module itself.
+    """
+
+    def __init__(self, module: nn.Module, plan: _Plan) -> None:
+        self.module = module
+        self.plan = plan
+        self.program: DenoiserProgram = plan.program
+
+    @property
+    def batch_norms(self) -> list[nn.Module]:
+        """The live BatchNorms in training mode, in the order of the program's batch statistics.
+
+        Where no module keeps the statistics, a BatchNorm that tracks none stands in.
+        """
+        return [
+            self.module.get_submodule(place)
+            if isinstance(place, str)
+            else nn.BatchNorm1d(place, affine=False, track_running_stats=False)
+            for place in self.plan.batch_norms
+        ]
+
+    def current(self) -> CapturedDenoiser:
+        """This capture while it holds, else a new one of the module as it is now."""
+        if torch.compiler.is_compiling() or self.plan.watch.holds():
+            return self
+        return capture(self.module, *self.plan.key)
+
+    def parameters_now(self) -> list[Tensor]:
+        """The tensors of `program.params`, in order, as differentiable functions of the module's parameters."""
+        return self.plan.params.prologue.run(0, None, self.plan.params.leaves(self.module))
+
+    def tables(self, timesteps: Tensor, leaves: list[Tensor] | None = None) -> list[Tensor]:
+        """What depends on the time step alone, for all steps at once.
+
+        Args:
+            timesteps: int64 [K].
+            leaves: tensors to use instead of the module's own; for the check of a capture.
+
+        Returns:
+            a tensor [K, width] for each of `program.tables`, differentiable.
+        """
+        if not self.program.tables:
+            return []
+        prologue = self.plan.tables.prologue
+        if leaves is None:
+            leaves = self.plan.tables.leaves(self.module)
+        if self.plan.t_per_row:
+            return prologue.run(timesteps.shape[0], timesteps, leaves)
+        return [x.flatten(1) for x in torch.vmap(lambda t: prologue.run(1, t, leaves))(timesteps)]
+
+    def rows(self, cond: Tensor | None) -> list[Tensor]:
+        """What depends on the condition alone.
+
+        Args:
+            cond: [batch, cond_features], or None for a denoiser without a condition.
+
+        Returns:
+            a tensor [batch, width] for each of `program.rows`, differentiable.
+        """
+        if cond is None or not self.program.rows:
+            return []
+        return self.plan.rows.prologue.run(cond.shape[0], cond, self.plan.rows.leaves(self.module))
+
+    def __repr__(self) -> str:
+        return f"CapturedDenoiser({type(self.module).__name__})\n{self.program}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return capture, (self.module, *self.plan.key)
+
+
+class _Failure:
+    """A capture that did not succeed, kept so that the next call need not try again."""
+
+    def __init__(self, module: nn.Module, key: tuple[Any, ...], error: CaptureError) -> None:
+        self.key = key
+        self.watch = Watch(module)
+        self.reasons = error.reasons
+
+
+_cache: weakref.WeakKeyDictionary[nn.Module, list[_Plan | _Failure]] = weakref.WeakKeyDictionary()
+
+
+def capture(
+    module: nn.Module,
+    features: int | None = None,
+    cond_features: int | None = None,
+    map_input: bool = False,
+) -> CapturedDenoiser:
+    """Capture a denoiser as a program that every backend can run.
+
+    The module's forward is run once on tensors without data, in its present mode (train or eval, per submodule), and
+    the result is checked against the module on random numbers. Captures are cached; a layer replaced, a mode
+    switched, ``.to(...)``, a plain attribute set to another value are noticed at the next call.
+
+    Args:
+        module: ``module(z, t)``, or ``module(z, t, cond)``, with z [batch, features] and t int64 [batch] (or, for
+            modules that take no vector there, 0-d), that returns a prediction of z's shape.
+        features: width of z; inferred from the layers if None.
+        cond_features: width of the condition; None for a denoiser that takes none.
+        map_input: z is a 1 × 1 map [batch, features, 1, 1], as in the releases of DiffKD and GDPD.
+
+    Returns:
+        the captured denoiser, live: it reads the module's parameters at every use.
+
+    Raises:
+        CaptureError: the module cannot be captured; the message names every obstacle with its module path, operation
+            and reason.
+        TypeError, ValueError: an argument that is no module, or no width.
+    """
+    key = (features, cond_features, map_input)
+    if torch.compiler.is_compiling():
+        return _capture_in_graph(module, key)
+    plan = _plan(module, key)
+    if isinstance(plan, _Failure):
+        raise CaptureError(plan.reasons)
+    return CapturedDenoiser(module, plan)
+
+
+def _plan(module: nn.Module, key: tuple[Any, ...]) -> _Plan | _Failure:
+    """The plan that holds for the module now, from the cache or made."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: expected an nn.Module, got {type(module).__name__}")
+    kept = _cache.get(module)
+    if kept is None:
+        kept = _cache.setdefault(module, [])
+    for plan in kept:
+        if plan.key == key and plan.watch.holds():
+            return plan
+    plan = _make(module, key)
+    if len(kept) >= _KEPT_PER_MODULE:
+        changed = kept[-1].watch.differences()
+        if changed:
+            warnings.warn(
+                f"{type(module).__name__} is captured anew again and again, since {', '.join(changed)} changes between "
+                "calls; make it a buffer, or do not change it",
+                stacklevel=4,
+            )
+        del kept[0]
+    kept.append(plan)
+    return plan
+
+
+def _make(module: nn.Module, key: tuple[Any, ...]) -> _Plan | _Failure:
+    features, cond_features, map_input = key
+    for name, value in (("features", features), ("cond_features", cond_features)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} is {value!r}; a width is an integer of at least 1, or None")
+    candidates = [features] if features is not None else list(dict.fromkeys(_widths(module)))[:_GUESSES]
+    errors: list[CaptureError] = []
+    for width in candidates:
+        # Modules that take t as one number for the whole batch fail on a vector, or make something else of it.
+        for t_per_row in (True, False):
+            traced = trace(module, width, cond_features, map_input, t_per_row)
+            try:
+                plan = _Plan(module, key, traced, lower(traced, width))
+                _check(CapturedDenoiser(module, plan), traced, cond_features, map_input)
+                return plan
+            except CaptureError as error:
+                # Of two failures, the one whose run came to its end says more.
+                errors.insert(len(errors) if traced.output is None else 0, error)
+    if features is None and len(candidates) != 1:
+        tried = ", ".join(map(str, candidates)) or "no layer tells it"
+        hint = f"the width of z could not be inferred ({tried}); give features=..."
+        return _Failure(module, key, CaptureError([hint, *(errors[0].reasons if errors else [])]))
+    return _Failure(module, key, errors[0])
+
+
+def _widths(module: nn.Module) -> Iterator[int]:
+    """Guesses of the width of z, best first."""
+    own = getattr(module, "features", None)
+    if isinstance(own, int) and own > 0:
+        yield own
+    for submodule in module.modules():
+        for name in ("in_features", "in_channels", "num_features", "embedding_dim", "out_features"):
+            value = getattr(submodule, name, None)
+            if isinstance(value, int):
+                yield value
+
+
+def _check(captured: CapturedDenoiser, traced: Trace, cond_features: int | None, map_input: bool) -> None:
+    """Run program and module on random numbers; raise CaptureError if they differ.
+
+    The copy of the module that was traced runs, not the module. In float64 where it can, so that a difference is one
+    of meaning, not of rounding.
+    """
+    device = traced.z.meta["val"].device
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(_CHECK_ROWS, captured.program.features, generator=generator, dtype=torch.float64)
+    cond = None
+    if cond_features is not None:
+        cond = torch.randn(_CHECK_ROWS, cond_features, generator=generator, dtype=torch.float64)
+    steps = torch.arange(_CHECK_ROWS) % 2
+    with ExitStack() as stack:
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        for dtype in (torch.float64, traced.dtype):
+            inputs = [x if x is None else x.to(device, dtype) for x in (z, cond)]
+            try:
+                expected = _run_shadow(captured.module, traced, inputs, steps.to(device), map_input)
+                found = _run_program(captured, inputs, steps.to(device))
+            except Exception:
+                # A module may insist on its own dtype; one that runs in neither says so itself when it is used.
+                continue
+            difference, scale = (found - expected).abs().max(), expected.abs().max()
+            if scale.isfinite() and difference > _TOLERANCE[dtype] * scale:
+                raise CaptureError(
+                    [
+                        f"the module: what was captured differs from it by {float(difference / scale):.1e} of the "
+                        "largest value, so its forward does something that the capture did not see"
+                    ]
+                )
+            return
+
+
+def _run_shadow(
+    module: nn.Module, traced: Trace, inputs: list[Tensor | None], steps: Tensor, map_input: bool
+) -> Tensor:
+    z, cond = inputs
+    assert z is not None
+    assert traced.shadow is not None
+    tensors = {
+        name: _cast(tensor, z.dtype).clone() for name, tensor in (*module.named_parameters(), *module.named_buffers())
+    }
+    modules = dict(traced.shadow.named_modules())
+    for leaf in traced.leaves.values():
+        if leaf.store == "__dict__":
+            setattr(modules[leaf.path], leaf.key, _cast(_find(module, leaf), z.dtype).clone())
+    arguments = [z[:, :, None, None] if map_input else z, steps if traced.t_per_row else steps[1]]
+    if cond is not None:
+        arguments.append(cond)
+    return torch.func.functional_call(traced.shadow, tensors, tuple(arguments)).flatten(1)
+
+
+def _run_program(captured: CapturedDenoiser, inputs: list[Tensor | None], steps: Tensor) -> Tensor:
+    z, cond = inputs
+    assert z is not None
+
+    def leaves(feed: _Feed) -> list[Tensor]:
+        return [_cast(x, z.dtype) for x in feed.leaves(captured.module)]
+
+    plan = captured.plan
+    params = plan.params.prologue.run(0, None, leaves(plan.params))
+    tables = captured.tables(steps if plan.t_per_row else steps[1:2], leaves(plan.tables))
+    rows = [] if cond is None else plan.rows.prologue.run(len(cond), cond, leaves(plan.rows))
+    fitting = [_cast(x, z.dtype) for x in tables], [_cast(x, z.dtype) for x in rows]
+    return reference.denoise(captured.program, z, fitting[1], fitting[0], params, z.dtype)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
+
+
+@torch._dynamo.assume_constant_result
+def _plan_of(module: nn.Module, features: int | None, cond_features: int | None, map_input: bool) -> Any:
+    return _plan(module, (features, cond_features, map_input))
+
+
+def _capture_in_graph(module: nn.Module, key: tuple[Any, ...]) -> CapturedDenoiser:
+    """Capture while torch.compile traces the caller: the plan is a constant of the graph."""
+    plan = _plan_of(module, *key)
+    if isinstance(plan, _Failure):
+        raise CaptureError(plan.reasons)
+    # Reading the modes here makes the compiler guard on them.
+    for path, training in plan.modes:
+        if module.get_submodule(path).training != training:
+            raise CaptureError([f"{path}: its mode changed while it was captured"])
+    return CapturedDenoiser(module, plan)
