@@ -63,7 +63,7 @@ class RunConfig:
         group="data",
     )
     missing: str = option(
-        "error", "What to do with missing values (NaN).", group="data", choices=("error", "interpolate")
+        "error", "What to do with missing values (NaN).", group="data", choices=("error", "interpolate", "forward")
     )
     validation_fraction: float = option(
         0.2,
@@ -123,14 +123,10 @@ class RunConfig:
     )
 
     # -- prior ---------------------------------------------------------------------------------------------
-    denoiser: str = option(
-        "bottleneck", "GDPD: network of the prior.", group="prior", choices=("bottleneck", "mlp")
-    )
+    denoiser: str = option("bottleneck", "GDPD: network of the prior.", group="prior", choices=("bottleneck", "mlp"))
     denoiser_options: dict[str, Any] = dataclasses.field(
         default_factory=dict,
-        metadata=keywords(
-            "Keyword options of the denoiser, such as norm, blocks, reduction or hidden.", group="prior"
-        ),
+        metadata=keywords("Keyword options of the denoiser, such as norm, blocks, reduction or hidden.", group="prior"),
     )
     num_train_timesteps: int = option(1000, "Length T of the diffusion.", unit="time steps", group="prior")
     num_inference_steps: int = option(5, "Steps K of the reverse sampler.", unit="steps", group="prior")
@@ -193,9 +189,7 @@ class RunConfig:
         group="training",
         choices=("ce", "auc_prc", "accuracy"),
     )
-    average_epochs: int = option(
-        20, "Epochs that selection=average averages over.", unit="epochs", group="training"
-    )
+    average_epochs: int = option(20, "Epochs that selection=average averages over.", unit="epochs", group="training")
     teacher_candidates: int = option(
         1,
         "Teachers trained from different starts; the best on validation data is kept.",
@@ -219,9 +213,17 @@ class RunConfig:
     # -- machine -------------------------------------------------------------------------------------------
     accelerator: str = option("cpu", "Lightning Fabric's accelerator: cpu, cuda, auto.", group="machine")
     devices: int = option(1, "Devices to train on.", unit="devices", group="machine")
-    strategy: str = option("auto", "Lightning Fabric's strategy: auto, ddp.", group="machine")
+    strategy: str = option(
+        "auto",
+        "Lightning Fabric's strategy (ddp where there are several devices).",
+        group="machine",
+        choices=("auto", "ddp"),
+    )
     precision: str = option(
-        "32-true", "Lightning Fabric's precision: 32-true, bf16-mixed, 16-mixed, 64-true.", group="machine"
+        "32-true",
+        "Precision of training: float32, bfloat16 where it is safe, or float64.",
+        group="machine",
+        choices=("32-true", "bf16-mixed", "64-true"),
     )
     flush_denormal: bool = option(
         True,
@@ -240,9 +242,7 @@ class RunConfig:
     clean_checkpoints: bool = option(
         True, "Delete the checkpoints of a run that has ended well.", group="machine", changes_result=False
     )
-    tensorboard: bool = option(
-        False, "Write TensorBoard event files too.", group="machine", changes_result=False
-    )
+    tensorboard: bool = option(False, "Write TensorBoard event files too.", group="machine", changes_result=False)
 
     def __post_init__(self) -> None:
         for name, hint in typing.get_type_hints(type(self)).items():
@@ -252,8 +252,7 @@ class RunConfig:
             value = getattr(self, field.name)
             if choices and value not in choices:
                 raise ValueError(
-                    f"{field.name}={value!r} is not known{nearest(value, choices)}. One of: "
-                    f"{', '.join(choices)}."
+                    f"{field.name}={value!r} is not known{nearest(value, choices)}. One of: {', '.join(choices)}."
                 )
         self._check_numbers()
 
@@ -277,9 +276,7 @@ class RunConfig:
             "checkpoint_every",
         ):
             if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} is below 1. Give a whole number of at least 1."
-                )
+                raise ValueError(f"{name}={getattr(self, name)} is below 1. Give a whole number of at least 1.")
         for name in ("loss_ratio", "weight_decay", "eta", "teacher_retries"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} is not a finite number of at least 0.")
@@ -287,19 +284,14 @@ class RunConfig:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} is not a finite number above 0.")
         if self.resample_to is not None and self.resample_to < 2:
-            raise ValueError(
-                f"resample_to={self.resample_to} is below 2. Give at least 2 time steps, or null."
-            )
+            raise ValueError(f"resample_to={self.resample_to} is below 2. Give at least 2 time steps, or null.")
         if self.gradient_clip is not None and not self.gradient_clip > 0:
-            raise ValueError(
-                f"gradient_clip={self.gradient_clip} is not above 0. Give a norm, or null for none."
-            )
+            raise ValueError(f"gradient_clip={self.gradient_clip} is not above 0. Give a norm, or null for none.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed} is outside 0..2**32-1. Give a whole number in that range.")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(
-                f"beta_start={self.beta_start}, beta_end={self.beta_end}: "
-                "needed is 0 < beta_start <= beta_end < 1."
+                f"beta_start={self.beta_start}, beta_end={self.beta_end}: needed is 0 < beta_start <= beta_end < 1."
             )
         grid = self.num_inference_steps * (2 if self.window == "lower" else 1)
         if grid > self.num_train_timesteps:
@@ -321,9 +313,7 @@ class RunConfig:
                     "One of: per_sample, per_dimension, or a number in [0, 1]."
                 )
         elif not 0.0 <= self.alpha <= 1.0:
-            raise ValueError(
-                f"alpha={self.alpha} is outside [0, 1]. It is the share of z_short in the start."
-            )
+            raise ValueError(f"alpha={self.alpha} is outside [0, 1]. It is the share of z_short in the start.")
         if any(m < 1 for m in self.lr_milestones):
             raise ValueError(f"lr_milestones={self.lr_milestones} holds an epoch below 1.")
 
@@ -335,8 +325,7 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Every option as plain values that JSON and YAML can hold (tuples become lists)."""
         return {
-            f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else v
-            for f in dataclasses.fields(self)
+            f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else v for f in dataclasses.fields(self)
         }
 
     @classmethod

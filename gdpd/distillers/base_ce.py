@@ -1,0 +1,24 @@
+"""Base: cross-entropy alone. The comparison's floor, and the loss by which teachers are trained."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from gdpd.distillers.base import Batch, Distiller
+
+
+class Base(Distiller):
+    """Cross-entropy of the student on the prefix; no teacher.
+
+    Args:
+        student: the network to train.
+    """
+
+    uses_teacher = False
+
+    def loss(self, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """CE(student(x_e), y)."""
+        _, logits = self.student(batch.x_prefix, batch.lengths)
+        ce = F.cross_entropy(logits, batch.y)
+        return ce, {"ce": ce.detach()}

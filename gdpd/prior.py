@@ -1,0 +1,94 @@
+"""The diffusion prior over teacher features: the space it lives in, its denoiser, and its stage-one losses."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gdpd_kernels as gk
+
+TARGET_SPACES = ("autoencoder", "identity")
+
+
+class FeatureAutoencoder(nn.Module):
+    """Code of the teacher's feature: encoder Linear + BatchNorm, decoder Linear.
+
+    Args:
+        teacher_dim: width of z_long.
+        latent_dim: width A of the code.
+    """
+
+    def __init__(self, teacher_dim: int, latent_dim: int) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(teacher_dim, latent_dim), nn.BatchNorm1d(latent_dim))
+        self.decoder = nn.Linear(latent_dim, teacher_dim)
+
+    def forward(self, z_long: Tensor) -> tuple[Tensor, Tensor]:
+        """(code [batch, latent_dim], reconstruction [batch, teacher_dim]) of `z_long` [batch, teacher_dim]."""
+        code = self.encoder(z_long)
+        return code, self.decoder(code)
+
+
+class FeaturePrior(nn.Module):
+    """A denoiser eps(z_t, t) trained on teacher features, in their autoencoder's code space or as they are.
+
+    Args:
+        denoiser: module (z [batch, A], t int64 [batch]) -> [batch, A].
+        teacher_dim: width of the teacher's feature z_long.
+        latent_dim: width A of the space that the denoiser works in: the student head's input width.
+        target_space: "autoencoder", or "identity" where both widths are equal.
+        num_train_timesteps, beta_schedule, beta_start, beta_end: the diffusion, as in `gdpd_kernels.alphas_cumprod`.
+        backend: backend of the loss, as in `gdpd_kernels.prior_loss`.
+
+    Raises:
+        ValueError: an unknown target space, or "identity" between different widths.
+    """
+
+    alphas_cumprod: Tensor
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        teacher_dim: int,
+        latent_dim: int,
+        *,
+        target_space: str = "autoencoder",
+        num_train_timesteps: int = 1000,
+        beta_schedule: str = "linear",
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if target_space not in TARGET_SPACES:
+            raise ValueError(f"target_space={target_space!r} is not known. One of: {', '.join(TARGET_SPACES)}.")
+        if target_space == "identity" and teacher_dim != latent_dim:
+            raise ValueError(
+                "target_space='identity' needs teacher and student heads of one width, and the teacher's feature "
+                f"has {teacher_dim} dimensions where the student's head reads {latent_dim}. Use "
+                "target_space='autoencoder', which maps one onto the other, or networks of the same width."
+            )
+        self.denoiser = denoiser
+        self.autoencoder = FeatureAutoencoder(teacher_dim, latent_dim) if target_space == "autoencoder" else None
+        self.backend = backend
+        alphas_cumprod = gk.alphas_cumprod(beta_schedule, num_train_timesteps, beta_start, beta_end)
+        self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
+
+    def encode(self, z_long: Tensor) -> Tensor:
+        """Where `z_long` [batch, teacher_dim] lies in the prior's space: [batch, A]."""
+        return z_long if self.autoencoder is None else self.autoencoder.encoder(z_long)
+
+    def losses(self, z_long: Tensor) -> dict[str, Tensor]:
+        """Stage-one losses of teacher features `z_long` [batch, teacher_dim], 0-d tensors by name.
+
+        "noise": MSE of the predicted noise (Ho et al., 2020, eq. 14), t uniform, on the detached code;
+        "autoencoder": MSE of the reconstruction (absent in the identity space).
+        """
+        z_long = z_long.detach()
+        if self.autoencoder is None:
+            return {"noise": self._noise_loss(z_long)}
+        code, reconstruction = self.autoencoder(z_long)
+        return {"noise": self._noise_loss(code.detach()), "autoencoder": F.mse_loss(reconstruction, z_long)}
+
+    def _noise_loss(self, code: Tensor) -> Tensor:
+        return gk.prior_loss(self.denoiser, code, alphas_cumprod=self.alphas_cumprod, backend=self.backend)

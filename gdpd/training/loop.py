@@ -1,0 +1,233 @@
+"""The training loop of every stage and method: epochs, batches, one forward, one backward, one step.
+
+What differs between a teacher, a baseline and GDPD is the distiller's loss. All randomness of an epoch is drawn from
+generators seeded with (seed, stage, epoch, rank), so an epoch does not depend on how training came to it: a run that
+was killed and resumed ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+import warnings
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from gdpd import metrics
+from gdpd.config import RunConfig
+from gdpd.distillers import Distiller
+from gdpd.training.checkpoint import Checkpoint, CheckpointStore
+from gdpd.training.history import History, Progress
+from gdpd.training.selection import Selection
+from gdpd.training.tensors import Series, TrainingSet, batches, outputs
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is no longer finite; the message says where, and what to change."""
+
+
+def fit(
+    distiller: Distiller,
+    train: TrainingSet,
+    validation: Series,
+    *,
+    stage: str,
+    epochs: int,
+    selection: Selection,
+    config: RunConfig,
+    fabric: Fabric,
+    history: History,
+    store: CheckpointStore | None = None,
+    progress: Progress | None = None,
+    about: dict[str, Any] | None = None,
+) -> None:
+    """Train `distiller` for `epochs` epochs, from the newest checkpoint of `stage` if there is one.
+
+    Args:
+        distiller: trained in place; after the call it holds the weights of the last epoch.
+        train: on the training device.
+        validation: what `selection` is told the scores on; on the training device.
+        stage: name in checkpoints and seeds, such as "student".
+        epochs: epochs in all, those of a checkpoint included.
+        selection: keeps the weights of the student that count.
+        config: batch size, optimiser, learning rate, clipping, seed, checkpoint interval.
+        fabric: launched.
+        history: gets a record an epoch.
+        store: where checkpoints are; None trains without.
+        progress: told of every epoch.
+        about: entries of every record beside those of the epoch, such as the stage's name.
+
+    Raises:
+        TrainingDiverged: the loss or a parameter is no longer finite.
+    """
+    optimizer = _optimizer(distiller, config)
+    module, wrapped = fabric.setup(distiller, optimizer)
+    found = store.load(stage) if store is not None else None
+    if found is not None:
+        _restore(found, distiller, optimizer, selection)
+    start = 0 if found is None else found.epoch
+    if fabric.is_global_zero:
+        history.rewind(stage, start)
+    if start >= epochs:
+        return
+    if progress is not None:
+        progress.start(stage, epochs, start)
+    try:
+        for epoch in range(start, epochs):
+            began = time.perf_counter()
+            rate = learning_rate(config, epoch, epochs)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            parts, distributions = _train_epoch(module, wrapped, distiller, train, epoch, stage, config, fabric)
+            with fabric.autocast():
+                scores = scores_of(outputs(distiller.student, validation)[1], validation.y)
+            if not all(math.isfinite(value) for value in (*parts.values(), scores["ce"])):
+                raise TrainingDiverged(
+                    f"stage {stage!r}, epoch {epoch}: the losses are {parts}, and {scores['ce']} on validation data. "
+                    f"Lower learning_rate (now {config.learning_rate}) or loss_ratio ({config.loss_ratio}), or set "
+                    f"gradient_clip (now {config.gradient_clip})."
+                )
+            selection.update(epoch, distiller.student, scores)
+            record = {
+                **(about or {}),
+                "epoch": epoch,
+                "phase": "warmup" if epoch < distiller.warmup_epochs else "main",
+                "train": parts,
+                **distributions,
+                "val": scores,
+                "lr": rate,
+                "seconds": time.perf_counter() - began,
+            }
+            if fabric.is_global_zero:
+                history.append(record)
+                done = epoch + 1
+                if store is not None and (done == epochs or done % config.checkpoint_every == 0):
+                    store.save(_checkpoint(stage, done, distiller, optimizer, selection))
+            if progress is not None:
+                progress.epoch(record)
+    finally:
+        if progress is not None:
+            progress.stop()
+
+
+def _train_epoch(
+    module: nn.Module,
+    optimizer: Any,
+    distiller: Distiller,
+    train: TrainingSet,
+    epoch: int,
+    stage: str,
+    config: RunConfig,
+    fabric: Fabric,
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """One pass over the training set; the means of the loss and its parts, and summaries of what is a distribution."""
+    torch.manual_seed(derived_seed(config.seed, stage, epoch, fabric.global_rank))
+    order = torch.Generator().manual_seed(derived_seed(config.seed, stage, epoch, "order"))
+    device, ranks = fabric.device, fabric.world_size
+    distiller.train()
+    sums: dict[str, Tensor] = {}
+    seen: dict[str, list[Tensor]] = defaultdict(list)
+    for rows in batches(len(train), config.batch_size, order, least=2 * ranks):
+        batch = train.batch(rows[fabric.global_rank :: ranks].to(device))
+        optimizer.zero_grad(set_to_none=True)
+        loss, parts = module(batch, epoch)
+        fabric.backward(loss)
+        if config.gradient_clip is not None:
+            for group in optimizer.param_groups:  # the student and the rest apart: see _optimizer
+                nn.utils.clip_grad_norm_(group["params"], config.gradient_clip)
+        optimizer.step()
+        for name, part in {"loss": loss.detach(), **parts}.items():
+            if part.dim():
+                seen[name].append(part)
+            else:  # summed on the device; the host waits once an epoch
+                sums[name] = sums.get(name, 0.0) + part.float() * len(rows)
+    means = dict(zip(sums, torch.stack(list(sums.values())).div(len(train)).tolist(), strict=True))
+    return means, {name: summary(torch.cat([part.flatten() for part in seen[name]])) for name in seen}
+
+
+def summary(values: Tensor) -> dict[str, float]:
+    """Mean and quantiles of a tensor, as floats: mean, q05, q25, q50, q75, q95."""
+    array = values.float().cpu().numpy()
+    quantiles = np.quantile(array, QUANTILES)
+    return {
+        "mean": float(array.mean()),
+        **{f"q{round(100 * q):02d}": float(value) for q, value in zip(QUANTILES, quantiles, strict=True)},
+    }
+
+
+def scores_of(logits: Tensor, y: Tensor) -> dict[str, float]:
+    """Scores of logits [n, classes] for class numbers `y` [n].
+
+    ce (nats), accuracy (0..1) and auc_prc (percent, over the classes that `y` holds); the last two are 0 where a logit
+    is not finite.
+    """
+    ce = float(F.cross_entropy(logits, y))
+    if not math.isfinite(ce):
+        return {"ce": ce, "accuracy": 0.0, "auc_prc": 0.0}
+    proba, labels = logits.softmax(1).cpu().numpy(), y.cpu().numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a class without validation series: the split has told of it
+        area = metrics.auc_prc(labels, proba)
+    return {"ce": ce, "accuracy": metrics.accuracy(labels, proba), "auc_prc": area}
+
+
+def learning_rate(config: RunConfig, epoch: int, epochs: int) -> float:
+    """Learning rate of epoch `epoch` (from 0) of `epochs`: by epochs, never by steps."""
+    rate = config.learning_rate
+    if config.lr_schedule == "multistep":
+        rate *= config.lr_gamma ** sum(epoch >= milestone for milestone in config.lr_milestones)
+    elif config.lr_schedule == "cosine":
+        rate *= 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+    return rate
+
+
+def derived_seed(*parts: Any) -> int:
+    """A seed of 63 bits that is a function of `parts`, equal on every machine."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _optimizer(distiller: Distiller, config: RunConfig) -> torch.optim.Optimizer:
+    """Adam over the student and, as a group of its own, whatever the method trains beside it.
+
+    Two groups, because gradients are clipped by group: how far the student is clipped must not depend on the method.
+    """
+    student = list(distiller.student.parameters())
+    known = {id(parameter) for parameter in student}
+    beside = [parameter for parameter in distiller.parameters() if id(parameter) not in known]
+    groups = [{"params": group} for group in (student, beside) if group]
+    return torch.optim.Adam(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+
+
+def _checkpoint(
+    stage: str, epoch: int, distiller: Distiller, optimizer: torch.optim.Optimizer, selection: Selection
+) -> Checkpoint:
+    tensors = {f"model.{name}": value for name, value in distiller.state_dict().items()}
+    tensors.update({f"selected.{name}": value for name, value in selection.weights.items()})
+    for index, entries in optimizer.state_dict()["state"].items():
+        tensors.update({f"optimizer.{index}.{name}": value for name, value in entries.items()})
+    return Checkpoint(stage, epoch, tensors, {"selection": selection.state()})
+
+
+def _restore(found: Checkpoint, distiller: Distiller, optimizer: torch.optim.Optimizer, selection: Selection) -> None:
+    def under(prefix: str) -> dict[str, Tensor]:
+        return {name[len(prefix) :]: value for name, value in found.tensors.items() if name.startswith(prefix)}
+
+    distiller.load_state_dict(under("model."))
+    device = next(distiller.parameters()).device
+    selected = {name: value.to(device) for name, value in under("selected.").items()}
+    selection.restore(selected, found.state["selection"])
+    state: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    for name, value in under("optimizer.").items():
+        index, entry = name.split(".", 1)
+        state[int(index)][entry] = value
+    optimizer.load_state_dict({"state": dict(state), "param_groups": optimizer.state_dict()["param_groups"]})
