@@ -50,9 +50,9 @@ def undocumented(path: Path) -> Iterator[str]:
     if ast.get_docstring(tree) is None:
         yield f"{path.name}: the module"
     for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
-            if ast.get_docstring(node) is None:
-                yield f"{path.name}: {node.name}"
+        public = isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+        if public and ast.get_docstring(node) is None:
+            yield f"{path.name}: {node.name}"
 
 
 def main() -> int:

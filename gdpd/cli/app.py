@@ -1,0 +1,187 @@
+"""The commands of `gdpd`: each reads its options, calls one function of the library and prints the result."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gdpd.cli.options import run_config, with_run_options
+
+app = typer.Typer(
+    name="gdpd",
+    help="Two-stage distillation of early time-series classifiers through a diffusion prior (GDPD).",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+
+def _version_asked(wanted: bool) -> None:
+    if wanted:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    show: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and stop.", callback=_version_asked, is_eager=True),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@with_run_options
+def distill(
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML file of `option: value` lines, named as below with underscores; options given here win.",
+            show_default="none",
+        ),
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the run: config, versions, metrics, history, weights, report.",
+            show_default="runs/DATASET-eEARLINESS-METHOD-sSEED",
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with the run in the folder from its last checkpoint.")] = False,
+    report: Annotated[bool, typer.Option(help="Write report.html into the folder at the end.")] = True,
+    quiet: Annotated[bool, typer.Option(help="Show no progress bars.")] = False,
+    **given: Any,
+) -> None:
+    """Train a teacher and distil one student; everything goes into one folder."""
+    options = run_config(config, given)
+    from gdpd.experiments import read_run, run_name, summarise
+    from gdpd.training import run
+    from gdpd.training.progress import RichProgress
+
+    folder = folder or Path("runs") / run_name(options)
+    run(options, folder, resume=resume, progress=None if quiet else RichProgress())
+    _print_rows(summarise([read_run(folder)]))
+    if report:
+        from gdpd.report import build_report
+
+        typer.echo(f"report: {build_report([folder], folder / 'report.html')}")
+    typer.echo(f"run: {folder}")
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default="required")],
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder of UCR/UEA dataset folders, if not that of the run.", show_default="the run's"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of lines.")] = False,
+) -> None:
+    """Score the student of a finished run on its test series again, from its weights."""
+    from gdpd.training import evaluate as score
+
+    metrics = score(folder, data_dir=None if data_dir is None else str(data_dir))
+    if as_json:
+        typer.echo(json.dumps(metrics, indent=2))
+        return
+    for name, value in metrics.items():
+        if isinstance(value, float):
+            typer.echo(f"{name:20} {value:.4f}")
+        elif isinstance(value, (int, str)):
+            typer.echo(f"{name:20} {value}")
+
+
+@app.command()
+def datasets(
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder of UCR/UEA dataset folders to list before the bundled sets.", show_default="none"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")] = False,
+) -> None:
+    """List the datasets at hand; none is ever downloaded."""
+    from gdpd.data import list_datasets
+
+    found = list_datasets(data_dir)
+    if as_json:
+        typer.echo(json.dumps([row._asdict() for row in found], indent=2))
+        return
+    from rich.table import Table
+
+    table = Table(header_style="bold")
+    for name in ("name", "from", "train", "test", "channels", "length", "classes"):
+        table.add_column(name, justify="left" if name in ("name", "from") else "right", overflow="fold")
+    for row in found:
+        table.add_row(*(str(value) for value in row))
+    _console().print(table)
+
+
+@app.command()
+def info() -> None:
+    """Print versions, the machine, which backends the sampler can use here, and why not the others."""
+    from gdpd_kernels.info import main as kernels_info
+
+    version()
+    kernels_info()
+
+
+@app.command()
+def report(
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Run folders, or folders that hold runs.", show_default="runs"),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="HTML file to write.", show_default="report.html in the first folder")
+    ] = None,
+    title: Annotated[
+        str | None, typer.Option(help="Heading of the page.", show_default="the datasets and methods found")
+    ] = None,
+) -> None:
+    """Print the table of some finished runs and write one self-contained HTML report about them."""
+    from gdpd.experiments import find_runs, summarise
+    from gdpd.report import build_report
+
+    folders = folders or [Path("runs")]
+    _print_rows(summarise(find_runs(folders)))
+    typer.echo(f"report: {build_report(folders, output or folders[0] / 'report.html', title)}")
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="Folder of the demo's runs and its report.")] = Path("demo"),
+    seeds: Annotated[int, typer.Option(help="Seeds per method. Unit: runs.")] = 3,
+    workers: Annotated[int, typer.Option(help="Worker processes; 0: this one. Unit: processes.")] = 2,
+    threads: Annotated[int, typer.Option(help="Threads of each worker. Unit: threads.")] = 1,
+) -> None:
+    """Base, Base-KD and GDPD on two bundled data sets, at 20 % and 50 % read; goes on where it was stopped."""
+    from gdpd.experiments.demo import run_demo
+
+    if not run_demo(folder, seeds=seeds, workers=workers, threads=threads, console=_console()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from gdpd import __version__
+
+    typer.echo(f"gdpd {__version__}")
+
+
+def _print_rows(rows: Any) -> None:
+    from gdpd.experiments.summary import table
+
+    _console().print(table(rows))
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
