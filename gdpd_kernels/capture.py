@@ -10,6 +10,8 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,32 +33,26 @@ _CHECK_ROWS = 16
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-2, torch.bfloat16: 0.5, torch.float16: 0.2}
 
 
-class _Plan:
-    """What a capture found out. It holds no reference to the module, so that the cache can let go of it."""
+@dataclass(frozen=True)
+class _Recipe:
+    """What a capture found out, without any tensor of the module: a compiled graph may keep it."""
 
-    def __init__(self, module: nn.Module, key: tuple[Any, ...], traced: Trace, found: Lowered) -> None:
+    key: tuple[Any, ...]
+    lowered: Lowered
+    t_per_row: bool
+    modes: tuple[tuple[str, bool], ...]
+
+
+class _Plan:
+    """A recipe with short ways to the module's tensors. No reference to the module, so that the cache can let go."""
+
+    def __init__(self, module: nn.Module, key: tuple[Any, ...], traced: Trace, lowered: Lowered) -> None:
+        modes = tuple((path, submodule.training) for path, submodule in module.named_modules())
+        self.recipe = _Recipe(key, lowered, traced.t_per_row, modes)
         self.key = key
         self.watch = Watch(module, traced.touched)
-        self.program = found.program
-        self.t_per_row = traced.t_per_row
-        self.batch_norms = found.batch_norms
-        self.params = _Feed(module, found.params)
-        self.tables = _Feed(module, found.tables)
-        self.rows = _Feed(module, found.rows)
-        self.modes = tuple((path, submodule.training) for path, submodule in module.named_modules())
-
-
-class _Feed:
-    """A prologue with the way to its tensors."""
-
-    def __init__(self, module: nn.Module, prologue: Prologue) -> None:
-        self.prologue = prologue
-        self.reader = Reader(module, prologue.leaves)
-
-    def leaves(self, module: nn.Module) -> list[Tensor]:
-        if torch.compiler.is_compiling():  # a compiler has to see the way from the module to its tensors
-            return [_find(module, leaf) for leaf in self.prologue.leaves]
-        return self.reader.read()
+        prologues = lowered.params, lowered.tables, lowered.rows
+        self.readers = {prologue: Reader(module, prologue.leaves) for prologue in prologues}
 
 
 def _find(module: nn.Module, leaf: Leaf) -> Any:
@@ -64,6 +60,25 @@ def _find(module: nn.Module, leaf: Leaf) -> Any:
         return leaf.constant
     owner = module.get_submodule(leaf.path) if leaf.path else module
     return getattr(owner, leaf.key)
+
+
+class _Failure:
+    """A capture that did not succeed, kept so that the next call need not try again."""
+
+    def __init__(self, module: nn.Module, key: tuple[Any, ...], error: CaptureError) -> None:
+        self.key = key
+        self.watch = Watch(module)
+        self.reasons = error.reasons
+
+
+class _Untracked:
+    """Stands for a BatchNorm that keeps no running statistics."""
+
+    running_mean = running_var = num_batches_tracked = None
+    momentum = 0.1
+
+    def __init__(self, num_features: int) -> None:
+        self.num_features = num_features
 
 
 class CapturedDenoiser:
@@ -76,50 +91,49 @@ class CapturedDenoiser:
         module: the module itself.
     """
 
-    def __init__(self, module: nn.Module, plan: _Plan) -> None:
+    def __init__(self, module: nn.Module, recipe: _Recipe, plan: _Plan | None = None) -> None:
         self.module = module
-        self.plan = plan
-        self.program: DenoiserProgram = plan.program
+        self.program: DenoiserProgram = recipe.lowered.program
+        self._recipe = recipe
+        self._plan = plan  # None in a compiled graph
 
     @property
-    def batch_norms(self) -> list[nn.Module]:
+    def batch_norms(self) -> list[Any]:
         """The live BatchNorms in training mode, in the order of the program's batch statistics.
 
-        Where no module keeps the statistics, a BatchNorm that tracks none stands in.
+        Where no module keeps the statistics, an object with the same attributes stands in, all of them None.
         """
         return [
-            self.module.get_submodule(place)
-            if isinstance(place, str)
-            else nn.BatchNorm1d(place, affine=False, track_running_stats=False)
-            for place in self.plan.batch_norms
+            self.module.get_submodule(place) if isinstance(place, str) else _Untracked(place)
+            for place in self._recipe.lowered.batch_norms
         ]
 
     def current(self) -> CapturedDenoiser:
         """This capture while it holds, else a new one of the module as it is now."""
-        if torch.compiler.is_compiling() or self.plan.watch.holds():
+        if self._plan is not None and not torch.compiler.is_compiling() and self._plan.watch.holds():
             return self
-        return capture(self.module, *self.plan.key)
+        return capture(self.module, *self._recipe.key)
 
     def parameters_now(self) -> list[Tensor]:
         """The tensors of `program.params`, in order, as differentiable functions of the module's parameters."""
-        return self.plan.params.prologue.run(0, None, self.plan.params.leaves(self.module))
+        prologue = self._recipe.lowered.params
+        return prologue.run(0, None, self._leaves(prologue))
 
-    def tables(self, timesteps: Tensor, leaves: list[Tensor] | None = None) -> list[Tensor]:
+    def tables(self, timesteps: Tensor) -> list[Tensor]:
         """What depends on the time step alone, for all steps at once.
 
         Args:
             timesteps: int64 [K].
-            leaves: tensors to use instead of the module's own; for the check of a capture.
 
         Returns:
             a tensor [K, width] for each of `program.tables`, differentiable.
         """
-        if not self.program.tables:
-            return []
-        prologue = self.plan.tables.prologue
-        if leaves is None:
-            leaves = self.plan.tables.leaves(self.module)
-        if self.plan.t_per_row:
+        prologue = self._recipe.lowered.tables
+        return self._tables(timesteps, self._leaves(prologue)) if self.program.tables else []
+
+    def _tables(self, timesteps: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+        prologue = self._recipe.lowered.tables
+        if self._recipe.t_per_row:
             return prologue.run(timesteps.shape[0], timesteps, leaves)
         return [x.flatten(1) for x in torch.vmap(lambda t: prologue.run(1, t, leaves))(timesteps)]
 
@@ -132,24 +146,22 @@ class CapturedDenoiser:
         Returns:
             a tensor [batch, width] for each of `program.rows`, differentiable.
         """
+        prologue = self._recipe.lowered.rows
         if cond is None or not self.program.rows:
             return []
-        return self.plan.rows.prologue.run(cond.shape[0], cond, self.plan.rows.leaves(self.module))
+        return prologue.run(cond.shape[0], cond, self._leaves(prologue))
+
+    def _leaves(self, prologue: Prologue) -> list[Tensor]:
+        # A compiler has to see the way from the module to its tensors; in eager mode the short way is faster.
+        if self._plan is None or torch.compiler.is_compiling():
+            return [_find(self.module, leaf) for leaf in prologue.leaves]
+        return self._plan.readers[prologue].read()
 
     def __repr__(self) -> str:
         return f"CapturedDenoiser({type(self.module).__name__})\n{self.program}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return capture, (self.module, *self.plan.key)
-
-
-class _Failure:
-    """A capture that did not succeed, kept so that the next call need not try again."""
-
-    def __init__(self, module: nn.Module, key: tuple[Any, ...], error: CaptureError) -> None:
-        self.key = key
-        self.watch = Watch(module)
-        self.reasons = error.reasons
+        return capture, (self.module, *self._recipe.key)
 
 
 _cache: weakref.WeakKeyDictionary[nn.Module, list[_Plan | _Failure]] = weakref.WeakKeyDictionary()
@@ -188,7 +200,7 @@ def capture(
     plan = _plan(module, key)
     if isinstance(plan, _Failure):
         raise CaptureError(plan.reasons)
-    return CapturedDenoiser(module, plan)
+    return CapturedDenoiser(module, plan.recipe, plan)
 
 
 def _plan(module: nn.Module, key: tuple[Any, ...]) -> _Plan | _Failure:
@@ -228,7 +240,7 @@ def _make(module: nn.Module, key: tuple[Any, ...]) -> _Plan | _Failure:
             traced = trace(module, width, cond_features, map_input, t_per_row)
             try:
                 plan = _Plan(module, key, traced, lower(traced, width))
-                _check(CapturedDenoiser(module, plan), traced, cond_features, map_input)
+                _check(CapturedDenoiser(module, plan.recipe, plan), traced, cond_features, map_input)
                 return plan
             except CaptureError as error:
                 # Of two failures, the one whose run came to its end says more.
@@ -312,13 +324,13 @@ def _run_program(captured: CapturedDenoiser, inputs: list[Tensor | None], steps:
     z, cond = inputs
     assert z is not None
 
-    def leaves(feed: _Feed) -> list[Tensor]:
-        return [_cast(x, z.dtype) for x in feed.leaves(captured.module)]
+    def leaves(prologue: Prologue) -> list[Tensor]:
+        return [_cast(x, z.dtype) for x in captured._leaves(prologue)]
 
-    plan = captured.plan
-    params = plan.params.prologue.run(0, None, leaves(plan.params))
-    tables = captured.tables(steps if plan.t_per_row else steps[1:2], leaves(plan.tables))
-    rows = [] if cond is None else plan.rows.prologue.run(len(cond), cond, leaves(plan.rows))
+    recipe, lowered = captured._recipe, captured._recipe.lowered
+    params = lowered.params.run(0, None, leaves(lowered.params))
+    tables = captured._tables(steps if recipe.t_per_row else steps[1:2], leaves(lowered.tables))
+    rows = [] if cond is None else lowered.rows.run(len(cond), cond, leaves(lowered.rows))
     fitting = [_cast(x, z.dtype) for x in tables], [_cast(x, z.dtype) for x in rows]
     return reference.denoise(captured.program, z, fitting[1], fitting[0], params, z.dtype)
 
@@ -327,18 +339,32 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
 
 
+# What compiled graphs refer to: by name, since a compiler can take a text for a constant, but no object.
+_in_graphs: dict[str, _Recipe | list[str]] = {}
+
+
 @torch._dynamo.assume_constant_result
-def _plan_of(module: nn.Module, features: int | None, cond_features: int | None, map_input: bool) -> Any:
-    return _plan(module, (features, cond_features, map_input))
+def _recipe_name(module: nn.Module, features: int | None, cond_features: int | None, map_input: bool) -> str:
+    plan = _plan(module, (features, cond_features, map_input))
+    found = plan.reasons if isinstance(plan, _Failure) else plan.recipe
+    if isinstance(found, _Recipe):
+        # Worked out beforehand: a compiler cannot look into the lock that guards a cached property.
+        program = found.lowered.program
+        for name, member in vars(type(program)).items():
+            if isinstance(member, cached_property):
+                getattr(program, name)
+    name = f"{type(module).__name__}{id(found)}"
+    _in_graphs[name] = found
+    return name
 
 
 def _capture_in_graph(module: nn.Module, key: tuple[Any, ...]) -> CapturedDenoiser:
-    """Capture while torch.compile traces the caller: the plan is a constant of the graph."""
-    plan = _plan_of(module, *key)
-    if isinstance(plan, _Failure):
-        raise CaptureError(plan.reasons)
+    """Capture while torch.compile traces the caller: what is found is a constant of the graph."""
+    recipe = _in_graphs[_recipe_name(module, *key)]
+    if isinstance(recipe, list):
+        raise CaptureError(recipe)
     # Reading the modes here makes the compiler guard on them.
-    for path, training in plan.modes:
+    for path, training in recipe.modes:
         if module.get_submodule(path).training != training:
             raise CaptureError([f"{path}: its mode changed while it was captured"])
-    return CapturedDenoiser(module, plan)
+    return CapturedDenoiser(module, recipe)

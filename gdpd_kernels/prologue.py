@@ -22,7 +22,7 @@ aten = torch.ops.aten
 View = tuple[Any, ...]  # an operation and its arguments after the first
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prologue:
     """A piece of the forward pass that is ready to run.
 
