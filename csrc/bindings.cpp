@@ -38,12 +38,27 @@ std::vector<char> given(const std::vector<Address>& all) {
   return flags;
 }
 
+bool any(const std::vector<char>& flags) {
+  for (char flag : flags)
+    if (flag) return true;
+  return false;
+}
+
 // A program together with the kernels that run it.
 struct Program {
   Plan plan;
   const Kernels* kernels;
+  gk::Layout layouts[3];  // by gk::Keep
   Program(const std::vector<int64_t>& code, const std::vector<double>& numbers, const std::string& isa)
-      : plan(Plan::decode(code, numbers)), kernels(&gk::kernels_named(isa)) {}
+      : plan(Plan::decode(code, numbers)), kernels(&gk::kernels_named(isa)) {
+    for (int keep = 0; keep < 3; ++keep) layouts[keep] = gk::value_layout(plan, gk::Keep(keep));
+  }
+  // Forward places values for what is saved; a backward that computes them again, for what is wanted.
+  const gk::Layout& layout(int save) const {
+    return layouts[save == gk::kSaveValues            ? gk::kKeepForParams
+                   : save == gk::kSaveValuesForInputs ? gk::kKeepForInputs
+                                                      : gk::kKeepNothing];
+  }
 };
 
 // The inputs that forward, backward and prior_loss share.
@@ -95,6 +110,7 @@ void forward(const Program& program, bool f64, long batch, long samples, const s
   set_alpha(call, alpha, alpha_row, alpha_col);
   set_coefficients(call, coefficients);
   call.save = save;
+  call.layout = &program.layout(save);
   call.z_hat = out(z_hat);
   call.stats = out(stats);
   call.saved = out(saved);
@@ -122,6 +138,13 @@ void backward(const Program& program, bool f64, long batch, long samples, const 
   const Wanted wanted{grad_z != 0, grad_alpha != 0, given(grad_rows), given(grad_tables), given(grad_params)};
   const Flow flow = gk::analyse(program.plan, wanted, wanted.z || wanted.alpha || call.steps > 1);
   const std::vector<void*> to_rows = outs(grad_rows), to_tables = outs(grad_tables), to_params = outs(grad_params);
+  const bool params_wanted = any(wanted.params);
+  if (save == gk::kSaveValuesForInputs && params_wanted)
+    throw std::invalid_argument("parameter gradients are wanted, but forward kept only what inputs need");
+  call.layout = gk::keeps_values(save) ? &program.layout(save)
+                                       : &program.layouts[params_wanted ? gk::kKeepForParams : gk::kKeepForInputs];
+  const gk::Layout gradients = gk::gradient_layout(program.plan, flow);
+  call.gradient_layout = &gradients;
   call.wanted = &wanted;
   call.flow = &flow;
   call.grad_rows = to_rows.data();
@@ -149,6 +172,10 @@ double prior_loss(const Program& program, bool f64, long batch, Address z, Addre
   const Wanted wanted{grad_z != 0, false, given(grad_rows), given(grad_tables), given(grad_params)};
   const Flow flow = gk::analyse(program.plan, wanted, wanted.z);
   const std::vector<void*> to_rows = outs(grad_rows), to_tables = outs(grad_tables), to_params = outs(grad_params);
+  const gk::Keep keep = !gradients ? gk::kKeepNothing : any(wanted.params) ? gk::kKeepForParams : gk::kKeepForInputs;
+  const gk::Layout gradient_layout = gk::gradient_layout(program.plan, flow);
+  call.layout = &program.layouts[keep];
+  call.gradient_layout = &gradient_layout;
   call.wanted = gradients ? &wanted : nullptr;
   call.flow = &flow;
   call.grad_rows = to_rows.data();
@@ -206,7 +233,7 @@ PYBIND11_MODULE(_native, m) {
       .def_property_readonly("stats_width", [](const Program& p) { return p.plan.stats_width; })
       .def("saved_numel",
            [](const Program& p, bool f64, long rows, long steps, int save) {
-             return gk::saved_numel(p.plan, p.kernels->vector_bytes, f64 ? 8 : 4, rows, steps, save);
+             return gk::saved_numel(p.plan, p.layout(save), p.kernels->vector_bytes, f64 ? 8 : 4, rows, steps, save);
            })
       .def("tile_rows", [](const Program& p, bool f64, long rows) {
         return gk::tiling(p.kernels->vector_bytes, f64 ? 8 : 4, rows, p.plan.widest).rows;

@@ -35,8 +35,8 @@ struct Engine {
   T* memory = nullptr;
   T** packed;        // per parameter: weights in the order of the forward product
   const T** plain;   // per parameter: weights for the backward product
-  T* slots;          // [slot]: arena, outer, gradient arena, outer gradients
-  long slot_size, at_outer, at_grad, at_outer_grad;
+  T* slots;          // [slot]: kept values (unless saved), scratch, outer, and the same of gradients
+  long slot_size, at_scratch, at_outer, at_gradient[3];
   T* partial;        // [2][tiles][2][padded]: BatchNorm sums per tile
   T* locals;
   long local_size;
@@ -72,6 +72,7 @@ struct Engine {
 
   bool wants_param(int p) const { return backward && call.wanted->params[p]; }
   bool tables_per_row() const { return call.prior; }
+  bool saves_values() const { return keeps_values(call.save) && !call.prior; }
   int max_threads() const { return call.threads < t.groups ? call.threads : int(t.groups); }
 
   size_t lay_out(char* base) {
@@ -82,7 +83,7 @@ struct Engine {
     plain = cursor.template take<const T*>(n_params);
     at_param = cursor.template take<long>(n_params);
     at_table = cursor.template take<long>(plan.n_tables);
-    const bool runs_forward = !backward || call.prior || call.save != kSaveValues;
+    const bool runs_forward = !backward || !saves_values();
     for (int p = 0; p < n_params; ++p) {
       const Param& param = plan.params[p];
       T* forward_copy = param.matrix && runs_forward ? cursor.template take<T>(param.size() + param.rows) : nullptr;
@@ -92,12 +93,15 @@ struct Engine {
       plain[p] = backward_copy ? backward_copy : static_cast<const T*>(call.params[p]);
     }
     // slots
-    const long arena = call.save == kSaveValues && !call.prior ? 0 : long(plan.arena_rows) * R;
-    const long outer = long(plan.outer_rows) * R;
-    at_outer = arena;
-    at_grad = at_outer + outer;
-    at_outer_grad = at_grad + (backward ? long(plan.arena_rows) * R : 0);
-    slot_size = GK_ROUND_UP(at_outer_grad + (backward ? outer : 0), 16L);
+    const Layout& layout = *call.layout;
+    at_scratch = saves_values() ? 0 : long(layout.rows[kKept]) * R;
+    at_outer = at_scratch + long(layout.rows[kScratch]) * R;
+    long end = at_outer + long(layout.rows[kOuter]) * R;
+    for (int area = 0; area < 3; ++area) {
+      at_gradient[area] = end;
+      if (backward) end += long(call.gradient_layout->rows[area]) * R;
+    }
+    slot_size = GK_ROUND_UP(end, 16L);
     slots = cursor.template take<T>(slot_size * (coupled ? t.tiles : max_threads()));
     partial = cursor.template take<T>(coupled ? 4 * t.tiles * padded : 0);
     // threads
@@ -149,24 +153,23 @@ struct Engine {
   T* saved_state(long k, long tile) const {
     return static_cast<T*>(call.saved) + (k * t.tiles + tile) * plan.features * R;
   }
-  T* arena(const Local& l, long tile, long k) const {
-    if (call.save == kSaveValues && !call.prior)
-      return static_cast<T*>(call.saved) + (k * t.tiles + tile) * plan.arena_rows * R;
-    return slot(l, tile);
-  }
-
   // A value, or its gradient, of the tile at hand.
   struct View {
-    T *inner, *outer;
-    const Plan* plan;
+    T* area[3];
+    const Layout* layout;
     GK_INLINE T* operator[](int value) const {
-      const int at = plan->offset[value];
-      return at >= 0 ? inner + long(at) * R : outer + long(plan->outer[value]) * R;
+      return area[layout->place.data()[value]] + long(layout->at.data()[value]) * R;
     }
+    GK_INLINE T* norm(int op) const { return area[kKept] + long(layout->norm.data()[op]) * R; }
   };
-  View values(const Local& l, long tile, long k) const { return {arena(l, tile, k), slot(l, tile) + at_outer, &plan}; }
+  View values(const Local& l, long tile, long k) const {
+    T* own = slot(l, tile);
+    T* kept = saves_values() ? static_cast<T*>(call.saved) + (k * t.tiles + tile) * call.layout->rows[kKept] * R : own;
+    return {{kept, own + at_scratch, own + at_outer}, call.layout};
+  }
   View gradients(const Local& l, long tile) const {
-    return {slot(l, tile) + at_grad, slot(l, tile) + at_outer_grad, &plan};
+    T* own = slot(l, tile);
+    return {{own + at_gradient[0], own + at_gradient[1], own + at_gradient[2]}, call.gradient_layout};
   }
 
   int valid(long tile) const { return tile == t.tiles - 1 ? int(rows - tile * R) : R; }
@@ -267,22 +270,21 @@ struct Engine {
   }
 
   void load_outer(const Local& l, long tile) const {
-    T* outer = slot(l, tile) + at_outer;
-    for (int i = 0; i < plan.n_rows; ++i)
-      load_shared(call.rows[i], plan.width[1 + i], tile, outer + long(plan.outer[1 + i]) * R);
+    const View value = values(l, tile, 0);
+    for (int i = 0; i < plan.n_rows; ++i) load_shared(call.rows[i], plan.width[1 + i], tile, value[1 + i]);
     if (!tables_per_row()) return;
     for (int i = 0; i < plan.n_tables; ++i) {
-      const int value = 1 + plan.n_rows + i;
-      load_rows(call.tables[i], plan.width[value], tile, outer + long(plan.outer[value]) * R);
+      const int id = 1 + plan.n_rows + i;
+      load_rows(call.tables[i], plan.width[id], tile, value[id]);
     }
   }
   void load_tables(const Local& l, long tile, long k) const {
     if (tables_per_row()) return;
-    T* outer = slot(l, tile) + at_outer;
+    const View value = values(l, tile, k);
     for (int i = 0; i < plan.n_tables; ++i) {
-      const int value = 1 + plan.n_rows + i, width = plan.width[value];
+      const int id = 1 + plan.n_rows + i, width = plan.width[id];
       const T* row = static_cast<const T*>(call.tables[i]) + k * width;
-      T* out = outer + long(plan.outer[value]) * R;
+      T* out = value[id];
       for (int c = 0; c < width; ++c)
         for (int v = 0; v < NV; ++v) store(out + c * R + v * L, splat<T>(row[c]));
     }

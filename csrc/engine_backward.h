@@ -14,6 +14,7 @@
   }
 
   static void copy_or_add(const T* g, T* dx, long n, bool add) {
+    if (g == dx) return;  // the operand's gradient took the result's place
     for (long i = 0; i < n; i += L) store(dx + i, add ? V<T>(load(dx + i) + load(g + i)) : load(g + i));
   }
 
@@ -41,12 +42,12 @@
         case Kind::LayerNorm:
         case Kind::RmsNorm:
           RowNorm<T, NV>::backward(x, op.width, op.kind == Kind::LayerNorm, param(op.param[0]),
-                                   value.inner + long(op.aux) * R, g, dx, add, vector_sum(group, op.param[0]),
+                                   value.norm(i), g, dx, add, vector_sum(group, op.param[0]),
                                    vector_sum(group, op.param[1]));
           break;
         case Kind::Add:
-          if (dx) copy_or_add(g, dx, n, add);
           if (flow.need[op.in[1]]) copy_or_add(g, gradient[op.in[1]], n, flow.add[i][1]);
+          if (dx) copy_or_add(g, dx, n, add);
           break;
         case Kind::Mul:
           multiply_back(g, value[op.in[1]], dx, n, add);
@@ -166,7 +167,7 @@
         store(z + i, V<T>((a + b) * g));
       } else {
         const V<T> from_output = b * g;
-        store(prediction + i, plan.is_row(plan.output) ? V<T>(load(prediction + i) + from_output) : from_output);
+        store(prediction + i, plan.output <= plan.n_rows ? V<T>(load(prediction + i) + from_output) : from_output);
         store(z + i, V<T>(a * g));
       }
     }
@@ -344,7 +345,7 @@
     zero_tables(gradient);
     const long n = long(plan.features) * R;
     __builtin_memset(gradient[0], 0, sizeof(T) * n);
-    copy_or_add(error, gradient[plan.output], n, plan.output <= plan.n_rows + plan.n_tables);
+    copy_or_add(error, gradient[plan.output], n, plan.output <= plan.outer_values());
   }
 
   // d z_long = signal d z_t − d target

@@ -66,16 +66,16 @@ struct Activation {
     }
   }
 
-  // f'(x) · g; y is the output, which some derivatives are cheaper from.
+  // f'(x) · g, from the input or the output as `read_by_backward` in plan.cpp says; the other is not to be trusted.
   GK_INLINE V<T> derivative(V<T> x, V<T> y, V<T> g) const {
     switch (kind) {
       case Kind::Relu:
-        return x > T(0) ? g : V<T>{};
+        return y > T(0) ? g : V<T>{};
       case Kind::LeakyRelu:
         return x > T(0) ? g : g * slope;
       case Kind::Silu: {
         const V<T> s = vsigmoid(x);
-        return g * (s + y * (T(1) - s));
+        return g * s * (T(1) + x * (T(1) - s));
       }
       case Kind::Gelu: {
         V<T> distribution, density;

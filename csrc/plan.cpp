@@ -34,16 +34,7 @@ Plan Plan::decode(const std::vector<int64_t>& code, const std::vector<double>& n
   plan.n_rows = read.next();
   plan.n_tables = read.next();
   plan.width.push_back(plan.features);
-  plan.offset.push_back(0);
-  plan.outer.push_back(-1);
-  plan.arena_rows = plan.features;
-  plan.outer_rows = 0;
-  for (int i = 0; i < plan.n_rows + plan.n_tables; ++i) {
-    plan.width.push_back(read.next());
-    plan.offset.push_back(-1);
-    plan.outer.push_back(plan.outer_rows);
-    plan.outer_rows += plan.width.back();
-  }
+  for (int i = 0; i < plan.outer_values(); ++i) plan.width.push_back(read.next());
   const int n_params = read.next();
   for (int i = 0; i < n_params; ++i) {
     const int rows = read.next(), cols = read.next();
@@ -71,13 +62,6 @@ Plan Plan::decode(const std::vector<int64_t>& code, const std::vector<double>& n
     for (double& attr : op.attr) attr = number < numbers.size() ? numbers[number++] : 0.0;
     op.out = int(plan.width.size());
     plan.width.push_back(op.width);
-    plan.offset.push_back(plan.arena_rows);
-    plan.outer.push_back(-1);
-    plan.arena_rows += op.width;
-    if (op.kind == Kind::LayerNorm || op.kind == Kind::RmsNorm) {
-      op.aux = plan.arena_rows;
-      plan.arena_rows += 2;
-    }
     if (op.kind == Kind::BatchNorm) {
       op.stats = plan.stats_width;
       plan.stats_width += 2 * op.width;
@@ -108,7 +92,7 @@ Flow analyse(const Plan& plan, const Wanted& wanted, bool need_z) {
   }
   // z, rows and tables hold a gradient before the walk begins, and so does the output.
   std::vector<char> written(plan.width.size(), 0);
-  for (int v = 0; v <= plan.n_rows + plan.n_tables; ++v) written[v] = 1;
+  for (int v = 0; v <= plan.outer_values(); ++v) written[v] = 1;
   written[plan.output] = 1;
   for (int i = int(plan.ops.size()) - 1; i >= 0; --i) {
     const Op& op = plan.ops[i];
@@ -122,6 +106,175 @@ Flow analyse(const Plan& plan, const Wanted& wanted, bool need_z) {
     }
   }
   return flow;
+}
+
+namespace {
+
+// Rows of a scratch area, handed out first fit and taken back.
+class Rows {
+ public:
+  int take(int n) {
+    for (size_t i = 0; i < free_.size(); ++i) {
+      if (free_[i].second < n) continue;
+      const int at = free_[i].first;
+      free_[i].first += n;
+      free_[i].second -= n;
+      if (free_[i].second == 0) free_.erase(free_.begin() + long(i));
+      return at;
+    }
+    // Grow, from a free tail if there is one.
+    int at = size_;
+    if (!free_.empty() && free_.back().first + free_.back().second == size_) {
+      at = free_.back().first;
+      free_.pop_back();
+    }
+    size_ = at + n;
+    return at;
+  }
+  void give(int at, int n) {
+    auto next = std::lower_bound(free_.begin(), free_.end(), std::make_pair(at, 0));
+    next = free_.insert(next, {at, n});
+    if (next + 1 != free_.end() && next->first + next->second == (next + 1)->first) {
+      next->second += (next + 1)->second;
+      free_.erase(next + 1);
+    }
+    if (next != free_.begin() && (next - 1)->first + (next - 1)->second == next->first) {
+      (next - 1)->second += next->second;
+      free_.erase(next);
+    }
+  }
+  int size() const { return size_; }
+
+ private:
+  std::vector<std::pair<int, int>> free_;  // (first row, rows), sorted
+  int size_ = 0;
+};
+
+bool elementwise(Kind kind) {
+  switch (kind) {
+    case Kind::Linear:
+    case Kind::Mul:
+    case Kind::Slice:
+    case Kind::Concat:
+      return false;
+    default:
+      return true;
+  }
+}
+
+void place_outer(const Plan& plan, Layout& layout) {
+  layout.place.assign(plan.width.size(), kScratch);
+  layout.at.assign(plan.width.size(), 0);
+  layout.norm.assign(plan.ops.size(), -1);
+  layout.place[0] = kKept;
+  layout.rows[kKept] = plan.features;
+  layout.rows[kOuter] = 0;
+  for (int v = 1; v <= plan.outer_values(); ++v) {
+    layout.place[v] = kOuter;
+    layout.at[v] = layout.rows[kOuter];
+    layout.rows[kOuter] += plan.width[v];
+  }
+}
+
+// Values that the backward of an operation reads.
+std::vector<int> read_by_backward(const Op& op, Keep keep) {
+  switch (op.kind) {
+    case Kind::Linear:
+    case Kind::BatchNormEval:
+      return keep == kKeepForParams ? op.in : std::vector<int>{};
+    case Kind::BatchNorm:
+    case Kind::LayerNorm:
+    case Kind::RmsNorm:
+    case Kind::LeakyRelu:
+    case Kind::Silu:
+    case Kind::Gelu:
+    case Kind::GeluTanh:
+    case Kind::Mul:
+      return op.in;
+    case Kind::Relu:
+    case Kind::Tanh:
+    case Kind::Sigmoid:
+      return {op.out};
+    default:
+      return {};
+  }
+}
+
+}  // namespace
+
+Layout value_layout(const Plan& plan, Keep keep) {
+  Layout layout;
+  place_outer(plan, layout);
+  std::vector<int> last_use(plan.width.size(), -1);
+  for (size_t i = 0; i < plan.ops.size(); ++i)
+    for (int in : plan.ops[i].in) last_use[in] = int(i);
+  last_use[plan.output] = int(plan.ops.size());
+  if (keep != kKeepNothing)
+    for (const Op& op : plan.ops)
+      for (int v : read_by_backward(op, keep))
+        if (v > plan.outer_values()) layout.place[v] = kKept;
+  Rows scratch;
+  for (size_t i = 0; i < plan.ops.size(); ++i) {
+    const Op& op = plan.ops[i];
+    if (op.kind == Kind::LayerNorm || op.kind == Kind::RmsNorm) {
+      layout.norm[i] = layout.rows[kKept];
+      layout.rows[kKept] += 2;
+    }
+    const auto dies = [&](int v) { return layout.place[v] == kScratch && last_use[v] == int(i); };
+    bool in_place = false;
+    if (layout.place[op.out] == kKept) {
+      layout.at[op.out] = layout.rows[kKept];
+      layout.rows[kKept] += op.width;
+    } else if (elementwise(op.kind) && dies(op.in[0]) && (op.in.size() == 1 || op.in[1] != op.in[0])) {
+      layout.at[op.out] = layout.at[op.in[0]];
+      in_place = true;
+    } else {
+      layout.at[op.out] = scratch.take(op.width);
+    }
+    for (size_t j = 0; j < op.in.size(); ++j) {
+      const int v = op.in[j];
+      const bool again = std::find(op.in.begin(), op.in.begin() + long(j), v) != op.in.begin() + long(j);
+      if (dies(v) && !again && !(in_place && j == 0)) scratch.give(layout.at[v], plan.width[v]);
+    }
+    if (last_use[op.out] < 0 && layout.place[op.out] == kScratch) scratch.give(layout.at[op.out], op.width);
+  }
+  layout.rows[kScratch] = scratch.size();
+  return layout;
+}
+
+Layout gradient_layout(const Plan& plan, const Flow& flow) {
+  Layout layout;
+  place_outer(plan, layout);
+  Rows scratch;
+  std::vector<char> held(plan.width.size(), 0);
+  const auto hold = [&](int v) {
+    if (held[v] || v <= plan.outer_values()) return;
+    layout.at[v] = scratch.take(plan.width[v]);
+    held[v] = 1;
+  };
+  hold(plan.output);
+  for (int i = int(plan.ops.size()) - 1; i >= 0; --i) {
+    const Op& op = plan.ops[i];
+    if (!flow.live[i]) continue;
+    bool handed_on = false;
+    for (size_t j = 0; j < op.in.size(); ++j) {
+      const int v = op.in[j];
+      if (!flow.need[v] || held[v] || v <= plan.outer_values()) continue;
+      // The first gradient of an elementwise operation's operand takes the place of the result's.
+      const bool twice = op.in.size() > 1 && op.in[1] == op.in[0];
+      if (j == 0 && elementwise(op.kind) && !twice && held[op.out]) {
+        layout.at[v] = layout.at[op.out];
+        held[v] = 1;
+        handed_on = true;
+      } else {
+        hold(v);
+      }
+    }
+    if (!handed_on && held[op.out]) scratch.give(layout.at[op.out], op.width);
+    held[op.out] = 0;
+  }
+  layout.rows[kScratch] = scratch.size();
+  return layout;
 }
 
 namespace {
@@ -179,11 +332,11 @@ Tiling tiling(int vector_bytes, int element_bytes, long rows, int widest) {
   return t;
 }
 
-long saved_numel(const Plan& plan, int vector_bytes, int element_bytes, long rows, long steps, int save) {
+long saved_numel(const Plan& plan, const Layout& layout, int vector_bytes, int element_bytes, long rows, long steps,
+                 int save) {
   if (save == kSaveNothing) return 0;
   const Tiling t = tiling(vector_bytes, element_bytes, rows, plan.widest);
-  const long per_row = save == kSaveValues ? plan.arena_rows : plan.features;
-  return steps * t.tiles * t.rows * per_row;
+  return steps * t.tiles * t.rows * (keeps_values(save) ? layout.rows[kKept] : plan.features);
 }
 
 }  // namespace gk

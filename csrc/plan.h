@@ -38,7 +38,6 @@ struct Op {
   std::vector<int> in;    // value ids
   int param[4];           // weight, bias, mean, var: parameter index, or -1
   double attr[2];         // eps | slope | scale, shift | start, stop
-  int aux = -1;           // arena row of the per-row statistics a norm keeps for backward (2 rows)
   int stats = -1;         // BatchNorm: offset in the row of batch statistics
 };
 
@@ -52,19 +51,14 @@ struct Plan {
   int features;
   int n_rows, n_tables;
   std::vector<int> width;   // of every value
-  std::vector<int> offset;  // arena row of z and of every result; -1 for rows and tables
-  std::vector<int> outer;   // rows and tables: row within the outer buffers; -1 otherwise
   std::vector<Param> params;
   std::vector<Op> ops;
   std::vector<int> batch_norms;        // positions in ops
   int output;                          // value id
-  int arena_rows;                      // rows of a tile's arena: values and what norms keep
-  int outer_rows;                      // total width of rows and tables
   int stats_width;
   int widest;
 
-  bool is_row(int value) const { return value >= 1 && value <= n_rows; }
-  bool is_table(int value) const { return value > n_rows && value <= n_rows + n_tables; }
+  int outer_values() const { return n_rows + n_tables; }  // ids 1 .. outer_values()
 
   // code: see native_backend.py. Throws std::invalid_argument on anything it does not know.
   static Plan decode(const std::vector<int64_t>& code, const std::vector<double>& numbers);
@@ -76,6 +70,18 @@ struct Wanted {
   std::vector<char> rows, tables, params;
 };
 
+// Which values backward will read: those stay where forward put them, the rest share scratch rows.
+enum Keep : int { kKeepNothing = 0, kKeepForInputs = 1, kKeepForParams = 2 };
+
+// Where a tile's values are: rows of one of three areas.
+enum Place : int { kKept = 0, kScratch = 1, kOuter = 2 };
+struct Layout {
+  std::vector<int> place;  // of every value
+  std::vector<int> at;     // row within the area
+  std::vector<int> norm;   // of every operation: row in kKept of the two rows of statistics a row norm keeps, or -1
+  int rows[3];             // of each area
+};
+
 // How gradients flow through a program for what is wanted of it.
 struct Flow {
   std::vector<char> need;              // of every value: it has a gradient
@@ -84,7 +90,13 @@ struct Flow {
 };
 Flow analyse(const Plan& plan, const Wanted& wanted, bool need_z);
 
-enum Save : int { kSaveNothing = 0, kSaveValues = 1, kSaveStates = 2 };
+Layout value_layout(const Plan& plan, Keep keep);
+// z and the rows and tables have places of their own, the results share rows as their gradients come and go.
+Layout gradient_layout(const Plan& plan, const Flow& flow);
+
+// What forward keeps for backward: the values (all that parameter gradients need, or less), or the state of each step.
+enum Save : int { kSaveNothing = 0, kSaveValues = 1, kSaveStates = 2, kSaveValuesForInputs = 3 };
+inline bool keeps_values(int save) { return save == kSaveValues || save == kSaveValuesForInputs; }
 enum Prediction : int { kEps = 0, kX0 = 1, kV = 2 };
 
 // One call. Tensors are dense and row-major, all of the state's type T; null where absent.
@@ -102,6 +114,7 @@ struct Call {
   const void* const* params;
   bool bf16;                      // operands of matrix products rounded to bfloat16
   int save;
+  const Layout* layout;           // of values
   int threads;
 
   void* z_hat;                    // [samples * batch, features]
@@ -111,6 +124,7 @@ struct Call {
   // backward
   const Wanted* wanted;
   const Flow* flow;
+  const Layout* gradient_layout;
   const void* grad;               // [samples * batch, features]
   void* grad_z;                   // [samples * batch, features]; summed over samples by the caller
   void* grad_alpha;               // the same
@@ -155,7 +169,8 @@ void release_workspace(void* memory);
 Tiling tiling(int vector_bytes, int element_bytes, long rows, int widest);
 
 // Numbers of type T that forward keeps for backward.
-long saved_numel(const Plan& plan, int vector_bytes, int element_bytes, long rows, long steps, int save);
+long saved_numel(const Plan& plan, const Layout& layout, int vector_bytes, int element_bytes, long rows, long steps,
+                 int save);
 
 const Kernels* kernels_baseline();
 const Kernels* kernels_avx2();

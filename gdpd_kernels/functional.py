@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gdpd_kernels import ops
-from gdpd_kernels.backends import BackendError, BackendFallback, Request, reference, resolve
+from gdpd_kernels.backends import BackendError, BackendFallback, Request, load, reference, resolve
 from gdpd_kernels.capture import CapturedDenoiser, CaptureError, capture
 from gdpd_kernels.philox import philox_normal, philox_words
 from gdpd_kernels.program import DenoiserProgram
@@ -107,7 +107,9 @@ def reverse_sample(
             samples,
             chosen,
             _name(compute),
-            _save_mode(program, [z_short, mix, *rows, *tables, *params], samples * batch * len(table)),
+            _save_mode(
+                chosen, program, [z_short, mix, *rows, *tables], params, len(table), samples * batch, z_short.dtype
+            ),
         )
         _update_running_stats(captured.batch_norms, stats, samples * batch, chosen)
     return z_hat if num_samples is None else z_hat.view(samples, batch, features)
@@ -323,12 +325,22 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _save_mode(program: DenoiserProgram, inputs: Sequence[Tensor | None], state_rows: int) -> int:
-    if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in inputs):
+def _save_mode(
+    backend: str,
+    program: DenoiserProgram,
+    inputs: Sequence[Tensor | None],
+    params: Sequence[Tensor],
+    steps: int,
+    rows: int,
+    dtype: torch.dtype,
+) -> int:
+    """What forward keeps for backward: everything it will read, if that stays within `SAVED_VALUES_LIMIT`."""
+    trainable = any(x.requires_grad for x in params)
+    if not torch.is_grad_enabled() or not (trainable or any(x is not None and x.requires_grad for x in inputs)):
         return ops.SAVE_NOTHING
-    size = inputs[0].element_size() if inputs[0] is not None else 4
-    values = sum(width for name, width in program.widths.items() if name == "z" or name.startswith("%"))
-    return ops.SAVE_VALUES if state_rows * values * size <= SAVED_VALUES_LIMIT else ops.SAVE_STATES
+    values = ops.SAVE_VALUES if trainable else ops.SAVE_VALUES_FOR_INPUTS
+    size = load(backend).saved_numel(program, steps, rows, dtype, values) * dtype.itemsize
+    return values if size <= SAVED_VALUES_LIMIT else ops.SAVE_STATES
 
 
 # --- the denoiser ------------------------------------------------------------------------------------------------------

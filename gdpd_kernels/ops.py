@@ -11,7 +11,7 @@ rows                  each [batch, width]: what depends on the condition alone
 tables                each [K, width]: what depends on the time step alone
 params                in the order of the program
 coefficients          3 K numbers: a, b, s of every step
-save                  what forward keeps for backward: `SAVE_NOTHING`, `SAVE_VALUES` or `SAVE_STATES`
+save                  what forward keeps for backward: one of the constants `SAVE_...` below
 -> z_hat              [num_samples × batch, features]
 -> stats              [K, stats_width]: mean and biased variance of each training-mode BatchNorm
 -> saved              the backend's own
@@ -37,7 +37,9 @@ from gdpd_kernels.backends import load, reference, reference_backend
 from gdpd_kernels.backends.reference_backend import steps_of
 from gdpd_kernels.program import DenoiserProgram
 
-SAVE_NOTHING, SAVE_VALUES, SAVE_STATES = 0, 1, 2
+# As in csrc/plan.h: the values that all gradients need, the state of each step, or the values that gradients of inputs
+# need when no parameter asks for one.
+SAVE_NOTHING, SAVE_VALUES, SAVE_STATES, SAVE_VALUES_FOR_INPUTS = 0, 1, 2, 3
 
 _parse = DenoiserProgram.parse
 _dtype_of = {
@@ -56,7 +58,7 @@ LIBRARY.define(
 LIBRARY.define(
     "reverse_sample_backward(Tensor grad, Tensor z_short, Tensor? alpha, Tensor? noise, Tensor? seed, Tensor[] rows, "
     "Tensor[] tables, Tensor[] params, Tensor stats, Tensor saved, str program, float[] coefficients, "
-    "int num_samples, str backend, str compute_dtype, int save, int[] wanted) -> Tensor[]",
+    "int num_samples, str backend, str compute_dtype, int save, int[] wanted) -> Tensor",
     tags=_TAGS,
 )
 LIBRARY.define(
@@ -135,7 +137,7 @@ def _(
     save: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     parsed, steps, total = _parse(program), len(coefficients) // 3, num_samples * z_short.shape[0]
-    numel = load(backend).saved_numel(parsed, steps, total, _dtype_of[compute_dtype], save)
+    numel = load(backend).saved_numel(parsed, steps, total, z_short.dtype, save)
     return (
         z_short.new_empty(total, z_short.shape[1]),
         z_short.new_empty(steps, parsed.stats_width),
@@ -162,7 +164,7 @@ def _reverse_sample_backward(
     compute_dtype: str,
     save: int,
     wanted: list[int],
-) -> list[Tensor]:
+) -> Tensor:
     return load(backend).reverse_sample_backward(
         grad,
         _parse(program),
@@ -202,76 +204,98 @@ def _(
     compute_dtype: str,
     save: int,
     wanted: list[int],
-) -> list[Tensor]:
+) -> Tensor:
     tensors = [z_short, alpha, *rows, *tables, *params]
-    return [z_short.new_empty(x.shape) for x in (tensors[i] for i in wanted) if x is not None]
+    return z_short.new_empty(sum((x.numel() for x in (tensors[i] for i in wanted) if x is not None), 0))
 
 
-def _setup_sample(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    z_short, alpha, noise, seed, rows, tables, params, *constants = inputs
-    _, stats, saved = output
-    ctx.save_for_backward(z_short, alpha, noise, seed, stats, saved, *rows, *tables, *params)
-    ctx.counts = len(rows), len(tables)
-    ctx.constants = constants
-    ctx.set_materialize_grads(False)
+class _Sample(torch.autograd.Function):
+    """Autograd of reverse_sample over a flat list of tensors: torch.library.register_autograd would do the same, but
+    flattens its lists of tensors anew in Python at every call, which takes longer than the sampler."""
+
+    @staticmethod
+    def forward(ctx: Any, counts: tuple[int, int], constants: tuple[Any, ...], *tensors: Tensor | None) -> Any:
+        rows, tables, params = _split(tensors[4:], counts)
+        with torch._C._AutoDispatchBelowAutograd():
+            z_hat, stats, saved = torch.ops.gdpd_kernels.reverse_sample(*tensors[:4], rows, tables, params, *constants)
+        ctx.save_for_backward(*tensors, stats, saved)
+        ctx.counts, ctx.constants = counts, constants
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(stats, saved)
+        return z_hat, stats, saved
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _stats: None, _saved: None) -> Any:
+        *tensors, stats, saved = ctx.saved_tensors
+        z_short, alpha, noise, seed, *rest = tensors
+        needs = ctx.needs_input_grad[2:]
+        if needs[2]:
+            raise RuntimeError("noise: no gradient is computed for it; pass noise.detach()")
+        inputs = [z_short, alpha, *rest]
+        positions = [i for i, need in enumerate((*needs[:2], *needs[4:])) if need]
+        rows, tables, params = _split(rest, ctx.counts)
+        program, coefficients, num_samples, _backend, compute_dtype, _save = ctx.constants
+        if grad is None:
+            found = [torch.zeros_like(inputs[i]) for i in positions]
+        elif torch.is_grad_enabled():
+            # create_graph=True: backward itself is to be differentiated, which plain PyTorch can do and a kernel cannot.
+            z_hat, _ = reference.reverse_sample(
+                _parse(program),
+                z_short,
+                alpha,
+                noise,
+                seed,
+                rows,
+                tables,
+                params,
+                steps_of(coefficients),
+                num_samples,
+                _dtype_of[compute_dtype],
+            )
+            found = _differentiable_gradients(z_hat, [inputs[i] for i in positions], grad)
+        else:
+            flat = torch.ops.gdpd_kernels.reverse_sample_backward(
+                grad, z_short, alpha, noise, seed, rows, tables, params, stats, saved, *ctx.constants, positions
+            )
+            found = _unflatten(flat, [inputs[i] for i in positions])
+        gradients: list[Tensor | None] = [None] * len(inputs)
+        for i, g in zip(positions, found, strict=True):
+            gradients[i] = g
+        return None, None, *gradients[:2], None, None, *gradients[2:]
 
 
-def _wanted(needs: Sequence[Any]) -> list[int]:
-    """Positions, in the flattened list of differentiable inputs, of those that need a gradient."""
-    flat: list[bool] = []
-    for need in needs:
-        flat += need if isinstance(need, list | tuple) else [need]
-    return [i for i, need in enumerate(flat) if need]
+def _split(tensors: Sequence[Any], counts: tuple[int, int]) -> tuple[list[Any], list[Any], list[Any]]:
+    """rows, tables, params from their concatenation."""
+    ends = counts[0], counts[0] + counts[1]
+    return list(tensors[: ends[0]]), list(tensors[ends[0] : ends[1]]), list(tensors[ends[1] :])
 
 
-def _backward_sample(ctx: Any, grad: Tensor | None, _stats: None, _saved: None) -> tuple[Any, ...]:
-    z_short, alpha, noise, seed, stats, saved, *rest = ctx.saved_tensors
-    ends = ctx.counts[0], sum(ctx.counts)
-    rows, tables, params = rest[: ends[0]], rest[ends[0] : ends[1]], rest[ends[1] :]
-    program, coefficients, num_samples, backend, compute_dtype, save = ctx.constants
-    needs = ctx.needs_input_grad
-    if needs[2]:
-        raise RuntimeError("noise: no gradient is computed for it; pass noise.detach()")
-    positions = _wanted([needs[0], needs[1], *needs[4:7]])
-    inputs = [z_short, alpha, *rest]
-    if grad is None:
-        found = [torch.zeros_like(inputs[i]) for i in positions]
-    elif torch.is_grad_enabled():
-        # create_graph=True: backward itself is to be differentiated, which plain PyTorch can do and a kernel cannot.
-        z_hat, _ = reference.reverse_sample(
-            _parse(program),
-            z_short,
-            alpha,
-            noise,
-            seed,
-            rows,
-            tables,
-            params,
-            steps_of(coefficients),
-            num_samples,
-            _dtype_of[compute_dtype],
-        )
-        found = _differentiable_gradients(z_hat, [inputs[i] for i in positions], grad)
-    else:
-        found = torch.ops.gdpd_kernels.reverse_sample_backward(
-            grad, z_short, alpha, noise, seed, rows, tables, params, stats, saved, *ctx.constants, positions
-        )
-    gradients: list[Tensor | None] = [None] * len(inputs)
-    for i, g in zip(positions, found, strict=True):
-        gradients[i] = g
-    split = 2 + ends[0], 2 + ends[1]
-    lists = gradients[2 : split[0]], gradients[split[0] : split[1]], gradients[split[1] :]
-    return gradients[0], gradients[1], None, None, *lists, *[None] * len(ctx.constants)
+def _autograd_sample(
+    z_short: Tensor,
+    alpha: Tensor | None,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    rows: list[Tensor],
+    tables: list[Tensor],
+    params: list[Tensor],
+    *constants: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    counts = len(rows), len(tables)
+    return _Sample.apply(counts, constants, z_short, alpha, noise, seed, *rows, *tables, *params)  # type: ignore[no-untyped-call, no-any-return]
+
+
+LIBRARY.impl("reverse_sample", _autograd_sample, "Autograd")
+
+
+def _unflatten(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """Parts of a flat gradient in the shapes of `like`; they share its memory, which costs one allocation, not thirty."""
+    parts = flat.split([tensor.numel() for tensor in like])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
 
 
 def _differentiable_gradients(output: Tensor, inputs: list[Tensor], grad: Tensor | None) -> list[Tensor]:
     found = torch.autograd.grad(output, inputs, grad, create_graph=True, allow_unused=True)
     return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
-
-
-torch.library.register_autograd(
-    "gdpd_kernels::reverse_sample", _backward_sample, setup_context=_setup_sample, lib=LIBRARY
-)
 
 
 @_implement("prior_loss")
@@ -385,65 +409,61 @@ def _fuses(backend: str) -> bool:
     return load(backend).CAPABILITIES.fuses_prior_gradient
 
 
-def _setup_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    z_long, noise, seed, signal, sigma, rows, tables, params, *constants = inputs
-    ctx.save_for_backward(z_long, noise, seed, signal, sigma, output[2], *rows, *tables, *params)
-    ctx.counts = len(rows), len(tables)
-    ctx.constants = constants
-    ctx.set_materialize_grads(False)
+class _Loss(torch.autograd.Function):
+    """Autograd of prior_loss over a flat list of tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, counts: tuple[int, int], constants: tuple[Any, ...], *tensors: Tensor | None) -> Any:
+        rows, tables, params = _split(tensors[5:], counts)
+        with torch._C._AutoDispatchBelowAutograd():
+            loss, stats, flat = torch.ops.gdpd_kernels.prior_loss(*tensors[:5], rows, tables, params, *constants)
+        ctx.save_for_backward(*tensors, flat)
+        ctx.counts, ctx.constants = counts, constants
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(stats, flat)
+        return loss, stats, flat
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _stats: None, _flat: None) -> Any:
+        *tensors, flat = ctx.saved_tensors
+        rows, tables, params = _split(tensors[5:], ctx.counts)
+        program, prediction, backend, compute_dtype, wanted = ctx.constants
+        inputs = [tensors[0], *tensors[5:]]
+        if grad is None:
+            found = [torch.zeros_like(inputs[i]) for i in wanted]
+        elif torch.is_grad_enabled():
+            loss, _ = reference.prior_loss(
+                _parse(program), *tensors[:5], rows, tables, params, prediction, _dtype_of[compute_dtype]
+            )
+            found = _differentiable_gradients(loss, [inputs[i] for i in wanted], grad)
+        elif _fuses(backend):
+            found = _unflatten(flat * grad, [inputs[i] for i in wanted])
+        else:
+            found = torch.ops.gdpd_kernels.prior_loss_backward(
+                grad, *tensors[:5], rows, tables, params, program, prediction, compute_dtype, wanted
+            )
+        gradients: list[Tensor | None] = [None] * len(inputs)
+        for i, g in zip(wanted, found, strict=True):
+            gradients[i] = g
+        return None, None, gradients[0], None, None, None, None, *gradients[1:]
 
 
-def _backward_loss(ctx: Any, grad: Tensor | None, _stats: None, _flat: None) -> tuple[Any, ...]:
-    z_long, noise, seed, signal, sigma, flat, *rest = ctx.saved_tensors
-    program, prediction, backend, compute_dtype, wanted = ctx.constants
-    ends = ctx.counts[0], sum(ctx.counts)
-    inputs = [z_long, *rest]
-    gradients: list[Tensor | None] = [None] * len(inputs)
-    if grad is not None and torch.is_grad_enabled():
-        loss, _ = reference.prior_loss(
-            _parse(program),
-            z_long,
-            noise,
-            seed,
-            signal,
-            sigma,
-            rest[: ends[0]],
-            rest[ends[0] : ends[1]],
-            rest[ends[1] :],
-            prediction,
-            _dtype_of[compute_dtype],
-        )
-        found = _differentiable_gradients(loss, [inputs[i] for i in wanted], grad)
-    elif grad is not None and not _fuses(backend):
-        found = torch.ops.gdpd_kernels.prior_loss_backward(
-            grad,
-            z_long,
-            noise,
-            seed,
-            signal,
-            sigma,
-            rest[: ends[0]],
-            rest[ends[0] : ends[1]],
-            rest[ends[1] :],
-            program,
-            prediction,
-            compute_dtype,
-            wanted,
-        )
-    elif grad is not None:
-        # One product scales all of them; the parts share its memory.
-        parts = (flat * grad).split([inputs[i].numel() for i in wanted])
-        found = [part.view(inputs[i].shape) for i, part in zip(wanted, parts, strict=True)]
-    else:
-        found = [torch.zeros_like(inputs[i]) for i in wanted]
-    for i, g in zip(wanted, found, strict=True):
-        gradients[i] = g
-    split = 1 + ends[0], 1 + ends[1]
-    lists = gradients[1 : split[0]], gradients[split[0] : split[1]], gradients[split[1] :]
-    return gradients[0], None, None, None, None, *lists, *[None] * len(ctx.constants)
+def _autograd_loss(
+    z_long: Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    signal: Tensor,
+    sigma: Tensor,
+    rows: list[Tensor],
+    tables: list[Tensor],
+    params: list[Tensor],
+    *constants: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    counts = len(rows), len(tables)
+    return _Loss.apply(counts, constants, z_long, noise, seed, signal, sigma, *rows, *tables, *params)  # type: ignore[no-untyped-call, no-any-return]
 
 
-torch.library.register_autograd("gdpd_kernels::prior_loss", _backward_loss, setup_context=_setup_loss, lib=LIBRARY)
+LIBRARY.impl("prior_loss", _autograd_loss, "Autograd")
 
 
 @_implement("update_running_stats_")

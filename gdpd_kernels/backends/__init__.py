@@ -70,9 +70,7 @@ class Backend(Protocol):
     def unusable(self) -> list[str]:
         """Why the backend cannot be used in this process at all."""
 
-    def saved_numel(
-        self, program: DenoiserProgram, steps: int, rows: int, compute_dtype: torch.dtype, save: int
-    ) -> int:
+    def saved_numel(self, program: DenoiserProgram, steps: int, rows: int, dtype: torch.dtype, save: int) -> int:
         """Numbers, in the state's dtype, that forward keeps for backward."""
 
     def reverse_sample(
@@ -110,8 +108,8 @@ class Backend(Protocol):
         compute_dtype: torch.dtype,
         save: int,
         wanted: Sequence[int],
-    ) -> list[Tensor]:
-        """Gradients of [z_short, alpha, *rows, *tables, *params] at the positions `wanted`."""
+    ) -> Tensor:
+        """Gradients of [z_short, alpha, *rows, *tables, *params] at the positions `wanted`, flat, one after the other."""
 
     def prior_loss(
         self,

@@ -174,11 +174,8 @@ class NativeBackend:
     def _plan(self, program: DenoiserProgram) -> Any:
         return _program(program, instruction_set())
 
-    def saved_numel(
-        self, program: DenoiserProgram, steps: int, rows: int, compute_dtype: torch.dtype, save: int
-    ) -> int:
-        f64 = compute_dtype == torch.float64
-        return self._plan(program).saved_numel(f64, rows, steps, save)
+    def saved_numel(self, program: DenoiserProgram, steps: int, rows: int, dtype: torch.dtype, save: int) -> int:
+        return self._plan(program).saved_numel(dtype == torch.float64, rows, steps, save)
 
     def reverse_sample(
         self,
@@ -244,22 +241,23 @@ class NativeBackend:
         compute_dtype: torch.dtype,
         save: int,
         wanted: Sequence[int],
-    ) -> list[Tensor]:
+    ) -> Tensor:
         batch, features = z_short.shape
         total, steps = num_samples * batch, len(coefficients) // 3
         grad, z_short, noise = _dense(grad), _dense(z_short), _dense(noise)
         rows, tables, params = _dense_list(rows), _dense_list(tables), _dense_list(params)
         ends = 2 + len(rows), 2 + len(rows) + len(tables)
-        # What the kernels fill: per row of the batch of trajectories for z, alpha and rows, as they are for the rest.
-        filled: list[Tensor | None] = [None] * (ends[1] + len(params))
-        for i in wanted:
-            if i < 2:
-                filled[i] = z_short.new_empty(total, features)
-            elif i < ends[0]:
-                filled[i] = z_short.new_empty(total, program.rows[i - 2])
-            else:
-                filled[i] = torch.empty_like(tables[i - ends[0]] if i < ends[1] else params[i - ends[1]])
-        addresses = [_address(tensor) for tensor in filled]
+        inputs = [z_short, alpha, *rows, *tables, *params]
+        sizes = [inputs[i].numel() for i in wanted]  # type: ignore[union-attr]
+        flat = z_short.new_empty(sum(sizes))
+        addresses, at = [0] * len(inputs), flat.data_ptr()
+        summed: dict[int, Tensor] = {}  # gradients that the kernels give per trajectory, and that are summed below
+        for i, size in zip(wanted, sizes, strict=True):
+            addresses[i] = at
+            at += size * flat.element_size()
+            if i < ends[0] and (num_samples > 1 or (i == 1 and size != total * features)):
+                summed[i] = z_short.new_empty(num_samples, batch, features if i < 2 else program.rows[i - 2])
+                addresses[i] = summed[i].data_ptr()
         _load().backward(  # type: ignore[union-attr]
             self._plan(program),
             z_short.dtype == torch.float64,
@@ -286,12 +284,11 @@ class NativeBackend:
             addresses[ends[0] : ends[1]],
             addresses[ends[1] :],
         )
-        for i in wanted:
-            if i < ends[0] and num_samples > 1:
-                filled[i] = filled[i].view(num_samples, batch, -1).sum(0)  # type: ignore[union-attr]
-            if i == 1:
-                filled[1] = filled[1].sum_to_size(alpha.shape)  # type: ignore[union-attr]
-        return [filled[i] for i in wanted]  # type: ignore[misc]
+        if summed:
+            for i, part in zip(wanted, flat.split(sizes), strict=True):
+                if i in summed:
+                    part.copy_(summed[i].sum(0).sum_to_size(inputs[i].shape).view(-1))  # type: ignore[union-attr]
+        return flat
 
     def prior_loss(
         self,

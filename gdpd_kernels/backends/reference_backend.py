@@ -42,9 +42,7 @@ class ReferenceBackend:
     def unusable(self) -> list[str]:
         return []
 
-    def saved_numel(
-        self, program: DenoiserProgram, steps: int, rows: int, compute_dtype: torch.dtype, save: int
-    ) -> int:
+    def saved_numel(self, program: DenoiserProgram, steps: int, rows: int, dtype: torch.dtype, save: int) -> int:
         return 0
 
     def reverse_sample(
@@ -96,7 +94,7 @@ class ReferenceBackend:
         compute_dtype: torch.dtype,
         save: int,
         wanted: Sequence[int],
-    ) -> list[Tensor]:
+    ) -> Tensor:
         tensors = [z_short, alpha, *rows, *tables, *params]
         leaves = _leaves([tensor if i in wanted else None for i, tensor in enumerate(tensors)])
         z, mix, *rest = (tensor if leaf is None else leaf for tensor, leaf in zip(tensors, leaves, strict=True))
@@ -115,7 +113,7 @@ class ReferenceBackend:
                 num_samples,
                 compute_dtype,
             )
-            return _gradients(z_hat, leaves, grad)
+            return torch.cat([g.reshape(-1) for g in _gradients(z_hat, leaves, grad)])
 
     def prior_loss(
         self,
