@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gdpd.distillers.base import Batch, Distiller
+from gdpd.models import Classifier
 
 
 class Base(Distiller):
@@ -16,6 +17,9 @@ class Base(Distiller):
     """
 
     uses_teacher = False
+
+    def __init__(self, student: Classifier) -> None:
+        super().__init__(student)
 
     def loss(self, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """CE(student(x_e), y)."""

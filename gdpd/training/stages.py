@@ -144,7 +144,7 @@ def train_teacher(session: Session) -> Teacher:
             break
     best.about["trained"] = len(teachers)
     best.about["seconds"] = sum(line["seconds"] for line in session.history.records if line["stage"] == "teacher")
-    _tell_if_weak(config, best, len(prepared.full_validation))
+    _tell_if_weak(config, best, prepared)
     return best
 
 
@@ -204,13 +204,13 @@ def _rank(config: RunConfig, teacher: Teacher) -> tuple[float, ...]:
     return (scores["ce"],) if config.selection_metric == "ce" else (-scores[config.selection_metric], scores["ce"])
 
 
-def _tell_if_weak(config: RunConfig, teacher: Teacher, n_validation: int) -> None:
+def _tell_if_weak(config: RunConfig, teacher: Teacher, prepared: Prepared) -> None:
     if not teacher.about["weak"]:
         return
     scores = teacher.about["validation"]
     told = (
-        f"{config.dataset}, seed {config.seed}: the best of {teacher.about['trained']} teacher(s) is not clearly "
-        f"better than chance on {n_validation} validation series (accuracy {scores['accuracy']:.2f}, AUC-PRC "
+        f"{prepared.name}, seed {config.seed}: the best of {teacher.about['trained']} teacher(s) is not clearly "
+        f"better than chance on {len(prepared.full_validation)} validation series (accuracy {scores['accuracy']:.2f}, AUC-PRC "
         f"{scores['auc_prc']:.1f} %, p = {teacher.about['p_chance']:.2f}). What is distilled from it will suffer. "
         "Try more teacher_epochs, more teacher_candidates, teacher_options such as forget_bias or pooling, or another "
         "teacher_model; with very few validation series, a larger validation_fraction."

@@ -77,6 +77,7 @@ class Prepared:
     prefix_test: Series
     num_classes: int
     in_channels: int
+    name: str
     digest: str
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Prepared:
@@ -117,7 +118,9 @@ def prepare(data: TimeSeriesData, config: RunConfig) -> Prepared:
                     torch.from_numpy(y[index]),
                     None if equal else torch.from_numpy(lengths[index]),
                 )
-    return Prepared(**splits, num_classes=data.n_classes, in_channels=data.n_channels, digest=_digest(data))
+    return Prepared(
+        **splits, num_classes=data.n_classes, in_channels=data.n_channels, name=data.name, digest=_digest(data)
+    )
 
 
 def check_data(data: TimeSeriesData) -> None:
