@@ -24,7 +24,7 @@ from gdpd.options import nearest
 from gdpd.preprocessing import Preprocessing
 from gdpd.training.atomic import plain, write_bytes
 from gdpd.training.progress import RichProgress
-from gdpd.training.run import prepare_on, training_context
+from gdpd.training.run_folder import prepare_on, training_context
 from gdpd.training.stages import Session, rehearse, train_student, train_teacher
 from gdpd.training.tensors import Series, outputs
 

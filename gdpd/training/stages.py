@@ -210,10 +210,11 @@ def _tell_if_weak(config: RunConfig, teacher: Teacher, prepared: Prepared) -> No
     scores = teacher.about["validation"]
     told = (
         f"{prepared.name}, seed {config.seed}: the best of {teacher.about['trained']} teacher(s) is not clearly "
-        f"better than chance on {len(prepared.full_validation)} validation series (accuracy {scores['accuracy']:.2f}, AUC-PRC "
-        f"{scores['auc_prc']:.1f} %, p = {teacher.about['p_chance']:.2f}). What is distilled from it will suffer. "
-        "Try more teacher_epochs, more teacher_candidates, teacher_options such as forget_bias or pooling, or another "
-        "teacher_model; with very few validation series, a larger validation_fraction."
+        f"better than chance on {len(prepared.full_validation)} validation series (accuracy "
+        f"{scores['accuracy']:.2f}, AUC-PRC {scores['auc_prc']:.1f} %, p = {teacher.about['p_chance']:.2f}). What is "
+        "distilled from it will suffer. Try more teacher_epochs, more teacher_candidates, teacher_options such as "
+        "forget_bias or pooling, or another teacher_model; with very few validation series, a larger "
+        "validation_fraction."
     )
     if config.weak_teacher == "error":
         raise WeakTeacherError(told)
