@@ -231,7 +231,7 @@ def test_info_names_every_backend(capsys):
     assert main(["info"]) == 0
     out = capsys.readouterr().out
     for backend in gk.backends():
-        assert backend.name in out
+        assert backend["name"] in out
 
 
 def test_run_config_reads_null_and_numbers_from_the_shell():

@@ -1,0 +1,134 @@
+"""The documentation holds: Python blocks run, commands parse, links lead somewhere, public things are described."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from gdpd.cli.app import app
+from gdpd.config import RunConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+_SPEC = importlib.util.spec_from_file_location("docs_check", ROOT / "docs" / "check.py")
+check = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(check)
+
+PAGES = check.documents(ROOT)
+_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page, language):
+    return [body for found, body in _BLOCK.findall(page.read_text(encoding="utf-8")) if found == language]
+
+
+def pages_with(language):
+    return [pytest.param(page, id=str(page.relative_to(ROOT))) for page in PAGES if blocks(page, language)]
+
+
+def run_in_page(page, folder):
+    """Execute the page's Python blocks in order, in one namespace, as a reader would paste them."""
+    namespace = {"__name__": f"page_{page.stem}"}
+    text = page.read_text(encoding="utf-8")
+    for match in _BLOCK.finditer(text):
+        if match.group(1) == "python":
+            line = text.count("\n", 0, match.start(2))
+            exec(compile("\n" * line + match.group(2), str(page), "exec"), namespace)  # tracebacks name the page's line
+
+
+def test_the_pages_are_found():
+    assert {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "architecture.md", "method.md", "getting-started.md"} <= {
+        page.name for page in PAGES
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_names_its_language(page):
+    known = {"python", "console", "yaml", "text", "make", "json", "toml"}
+    assert {language for language, _ in _BLOCK.findall(page.read_text(encoding="utf-8"))} <= known
+
+
+@pytest.mark.parametrize("page", pages_with("python"))
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_in_page(page, tmp_path)
+
+
+@pytest.mark.parametrize("page", pages_with("yaml"))
+def test_yaml_blocks_are_configurations(page):
+    for body in blocks(page, "yaml"):
+        RunConfig.from_dict(yaml.safe_load(body))
+
+
+@pytest.mark.parametrize("page", pages_with("console"))
+def test_commands_parse(page):
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for body in blocks(page, "console"):
+        for line in body.splitlines():
+            if not line.startswith("$ "):
+                continue  # output
+            command, *arguments = shlex.split(line[2:], comments=True)
+            if command == "gdpd":
+                parse(arguments)
+            elif command == "make":
+                assert set(arguments) <= targets, line
+            elif command == "python" and arguments[0] == "-m":
+                assert importlib.util.find_spec(arguments[1]) is not None, line
+            else:
+                assert command in {"pip", "git", "cd", "asv", "bash", "python", ".ci/run"}, line
+
+
+def parse(arguments):
+    """Parse a gdpd command line without running it; an unknown command or option raises."""
+    name, *rest = arguments
+    command = typer.main.get_command(app).commands[name]
+    if "--help" not in rest:
+        with command.make_context(name, list(rest)):
+            pass
+
+
+def test_links_resolve():
+    assert [problem for page in PAGES for problem in check.broken_links(page)] == []
+
+
+def test_a_broken_link_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A heading, here\n[a](#a-heading-here) [b](absent.md) [c](#absent) [d](https://example.org)\n")
+    assert list(check.broken_links(page)) == ["page.md: absent.md leads nowhere", "page.md: #absent names no heading"]
+
+
+def test_public_things_are_described():
+    missing = [name for package in check.PACKAGES for path in (ROOT / package).rglob("*.py") for name in
+               check.undocumented(path)]  # fmt: skip
+    assert missing == []
+
+
+def test_an_undescribed_function_is_found(tmp_path):
+    module = tmp_path / "module.py"
+    module.write_text("def shown():\n    pass\n\n\ndef _hidden():\n    pass\n")
+    assert list(check.undocumented(module)) == ["module.py: the module", "module.py: shown"]
+
+
+def test_the_check_says_what_is_wrong(tmp_path, monkeypatch, capsys):
+    (tmp_path / "page.md").write_text("[a](absent.md)\n")
+    (tmp_path / "gdpd").mkdir()
+    (tmp_path / "gdpd" / "module.py").write_text("x = 1\n")
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    monkeypatch.setattr(check, "documents", lambda: [tmp_path / "page.md"])
+    assert check.main() == 1
+    err = capsys.readouterr().err
+    assert "absent.md" in err
+    assert "module.py" in err
+    assert sys.modules.get("docs.check") is None
+
+
+def test_pages_name_no_machine():
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert not re.search(r"(?<![\w.])/(home|root|Users|work|opt|tmp)/\w", text), page
