@@ -29,7 +29,8 @@ __all__ = ["CaptureError", "CapturedDenoiser", "capture"]
 
 _KEPT_PER_MODULE = 8  # train and eval mode, with and without a condition, ...
 _GUESSES = 6
-_CHECK_ROWS = 16
+_CHECK_ROWS = 8
+_CHECK_STEPS = 2
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-2, torch.bfloat16: 0.5, torch.float16: 0.2}
 
 
@@ -235,7 +236,7 @@ def _make(module: nn.Module, key: tuple[Any, ...]) -> _Plan | _Failure:
     candidates = [features] if features is not None else list(dict.fromkeys(_widths(module)))[:_GUESSES]
     errors: list[CaptureError] = []
     for width in candidates:
-        # Modules that take t as one number for the whole batch fail on a vector, or make something else of it.
+        # Modules that take t as one number for the whole batch fail on a vector.
         for t_per_row in (True, False):
             traced = trace(module, width, cond_features, map_input, t_per_row)
             try:
@@ -245,6 +246,8 @@ def _make(module: nn.Module, key: tuple[Any, ...]) -> _Plan | _Failure:
             except CaptureError as error:
                 # Of two failures, the one whose run came to its end says more.
                 errors.insert(len(errors) if traced.output is None else 0, error)
+            if traced.output is not None:
+                break
     if features is None and len(candidates) != 1:
         tried = ", ".join(map(str, candidates)) or "no layer tells it"
         hint = f"the width of z could not be inferred ({tried}); give features=..."
@@ -276,7 +279,7 @@ def _check(captured: CapturedDenoiser, traced: Trace, cond_features: int | None,
     cond = None
     if cond_features is not None:
         cond = torch.randn(_CHECK_ROWS, cond_features, generator=generator, dtype=torch.float64)
-    steps = torch.arange(_CHECK_ROWS) % 2
+    steps = torch.arange(_CHECK_ROWS) % _CHECK_STEPS if traced.t_per_row else torch.ones(_CHECK_ROWS).long()
     with ExitStack() as stack:
         stack.enter_context(_disable_current_modes())
         stack.enter_context(torch.inference_mode(False))
@@ -314,7 +317,7 @@ def _run_shadow(
     for leaf in traced.leaves.values():
         if leaf.store == "__dict__":
             setattr(modules[leaf.path], leaf.key, _cast(_find(module, leaf), z.dtype).clone())
-    arguments = [z[:, :, None, None] if map_input else z, steps if traced.t_per_row else steps[1]]
+    arguments = [z[:, :, None, None] if map_input else z, steps if traced.t_per_row else steps[0]]
     if cond is not None:
         arguments.append(cond)
     return torch.func.functional_call(traced.shadow, tensors, tuple(arguments)).flatten(1)
@@ -327,12 +330,15 @@ def _run_program(captured: CapturedDenoiser, inputs: list[Tensor | None], steps:
     def leaves(prologue: Prologue) -> list[Tensor]:
         return [_cast(x, z.dtype) for x in captured._leaves(prologue)]
 
-    recipe, lowered = captured._recipe, captured._recipe.lowered
+    lowered = captured._recipe.lowered
     params = lowered.params.run(0, None, leaves(lowered.params))
-    tables = captured._tables(steps if recipe.t_per_row else steps[1:2], leaves(lowered.tables))
-    rows = [] if cond is None else lowered.rows.run(len(cond), cond, leaves(lowered.rows))
-    fitting = [_cast(x, z.dtype) for x in tables], [_cast(x, z.dtype) for x in rows]
-    return reference.denoise(captured.program, z, fitting[1], fitting[0], params, z.dtype)
+    # Step by step and row by row: what couples them would give something else than in the module.
+    table_leaves, row_leaves = leaves(lowered.tables), leaves(lowered.rows)
+    by_step = [captured._tables(torch.full_like(steps[:1], step), table_leaves) for step in range(_CHECK_STEPS)]
+    tables = [_cast(torch.cat(parts)[steps], z.dtype) for parts in zip(*by_step, strict=True)]
+    by_row = [lowered.rows.run(1, row[None], row_leaves) for row in cond] if cond is not None else []
+    rows = [_cast(torch.cat(parts), z.dtype) for parts in zip(*by_row, strict=True)]
+    return reference.denoise(captured.program, z, rows, tables, params, z.dtype)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

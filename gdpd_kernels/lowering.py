@@ -32,13 +32,16 @@ class CaptureError(ValueError):
         reasons: one line for every obstacle: module path, operation and why.
     """
 
-    def __init__(self, reasons: list[str]) -> None:
-        self.reasons = list(dict.fromkeys(reasons))
-        lines = "\n".join(f"  - {reason}" for reason in self.reasons)
-        super().__init__(f"the denoiser cannot be captured:\n{lines}")
+    # No __init__: torch.compile could not follow it.
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return CaptureError, (self.reasons,)
+    @property
+    def reasons(self) -> list[str]:
+        """The obstacles, each once."""
+        return list(dict.fromkeys(self.args[0]))
+
+    def __str__(self) -> str:
+        lines = "\n".join(f"  - {reason}" for reason in self.reasons)
+        return f"the denoiser cannot be captured:\n{lines}"
 
 
 @dataclass(frozen=True)

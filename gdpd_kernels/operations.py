@@ -290,10 +290,12 @@ def _columns(low: Lowering, source: fx.Node, dim: int, start: Any, stop: Any, st
     """The columns start:stop of dimension `dim`, as columns of the row."""
     x = source.meta["val"]
     dim %= x.dim()
+    first, last, _ = slice(start, stop).indices(x.shape[dim]) if dim else (0, 0, 1)
+    if dim and step == 1 and (first, last) == (0, x.shape[dim]):
+        return low.operand(source)
     if dim == 0 or step != 1 or any(size != 1 for size in x.shape[1:dim]):
         raise Obstacle(f"takes a part of dimension {dim} of {shape_text(x)}, which is not adjoining columns")
     inner = reduce(operator.mul, x.shape[dim + 1 :], 1)
-    first, last, _ = slice(start, stop).indices(x.shape[dim])
     return low.emit("slice", low.operand(source), attrs=(first * inner, last * inner))
 
 

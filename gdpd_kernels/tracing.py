@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 aten = torch.ops.aten
 
-_BATCH_HINT = 8  # any size above 1: 0 and 1 are special cases of torch's symbolic shapes
+_BATCH_HINT = 1009  # stands for any batch size; no layer is that wide, so that nothing fits it by accident
 _TORCH_FOLDER = os.path.dirname(torch.__file__)
 
 # Kept whole: below, they turn into whatever the device and the gradient mode happen to want.
@@ -318,14 +318,19 @@ class _Recorder(TorchDispatchMode):
             if self.trace.is_batch(value):
                 return self.trace.batch
             known = value.node.maybe_as_int()
-            return Unexpected(f"the batch size in a computed size ({value})") if known is None else known
+            return self._symbolic(value) if known is None else known
         if isinstance(value, torch.SymFloat | torch.SymBool):
-            return Unexpected(f"the batch size in a computed number ({value})")
+            return self._symbolic(value)
         if isinstance(value, list | tuple):
             return type(value)(map(self._argument, value)) if type(value) in (list, tuple) else value
         if isinstance(value, dict):
             return {key: self._argument(item) for key, item in value.items()}
         return value
+
+    def _symbolic(self, value: Any) -> Unexpected:
+        if value.node.expr.free_symbols <= {self.trace.batch_symbol}:
+            return Unexpected(f"a number computed from the batch size ({value})")
+        return Unexpected("a number read out of a tensor")
 
 
 class Unexpected(str):
