@@ -196,7 +196,8 @@ class PrefixClassifier(ClassifierMixin, BaseEstimator):
 
     def predict(self, X: Any) -> np.ndarray:
         """Most probable label of each series, (n_cases,). Arguments and errors as `predict_proba`."""
-        return self.classes_[self.predict_proba(X).argmax(axis=1)]
+        best = self.predict_proba(X).argmax(axis=1)
+        return self.classes_[best]
 
     def save(self, path: str | Path) -> None:
         """Write the fitted classifier (the student and all that prediction needs) into one safetensors file.
