@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, column_or_1d
 
 from gdpd.config import RunConfig
 from gdpd.data import TimeSeriesData
@@ -144,9 +145,7 @@ class PrefixClassifier(ClassifierMixin, BaseEstimator):
         """
         config = self._config()
         preprocessing, values, lengths = Preprocessing.learn(X, **{name: getattr(config, name) for name in _PREPARING})
-        labels = np.asarray(y)
-        if labels.shape != (len(values),):
-            raise ValueError(f"y has shape {labels.shape}; expected ({len(values)},), one label per series of X.")
+        labels = self._labels(y, len(values))
         classes, codes = np.unique(labels, return_inverse=True)
         empty, none = np.zeros((0, *values.shape[1:]), dtype=np.float32), np.zeros(0, dtype=np.int64)
         data = TimeSeriesData(
@@ -254,6 +253,16 @@ class PrefixClassifier(ClassifierMixin, BaseEstimator):
         student.load_state_dict(weights)
         made.student_, made.teacher_, made.history_ = student.eval(), None, []
         return made
+
+    @staticmethod
+    def _labels(y: Any, n_cases: int) -> np.ndarray:
+        if y is None:
+            raise ValueError("PrefixClassifier requires y to be passed, but the target y is None.")
+        labels = column_or_1d(y, warn=True)
+        if len(labels) != n_cases:
+            raise ValueError(f"y has shape {labels.shape}; expected ({n_cases},), one label per series of X.")
+        check_classification_targets(labels)
+        return labels
 
     def _learned(self, classes: np.ndarray, preprocessing: Preprocessing, config: RunConfig) -> None:
         self.classes_ = classes

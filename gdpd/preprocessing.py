@@ -133,18 +133,24 @@ def as_series(X: Any) -> np.ndarray | list[np.ndarray]:
 
     Raises:
         ValueError: no series, not numbers, or not two or three dimensions.
+        TypeError: a sparse matrix, or objects that are no numbers.
     """
+    if hasattr(X, "tocsr"):
+        raise TypeError("X is a sparse matrix; sparse input is not supported. Give X.toarray().")
     if isinstance(X, (list, tuple)) and len({np.shape(item) for item in X}) > 1:
         return [np.atleast_2d(np.asarray(item, dtype=np.float64)) for item in X]
+    array = np.asarray(X)
+    if np.iscomplexobj(array):
+        raise ValueError("X is complex. Complex data not supported: give real and imaginary part as two channels.")
     try:
-        array = np.asarray(X, dtype=np.float64)
+        array = array.astype(np.float64)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"X cannot be read as numbers: {error}") from error
+        raise type(error)(f"X cannot be read as numbers: {error}") from error
     if array.ndim == 2:
         array = array[:, None, :]
     if array.ndim != 3 or 0 in array.shape:
         raise ValueError(
             f"X has shape {np.shape(X)}; expected (n_cases, n_channels, n_timepoints), or (n_cases, n_timepoints) for "
-            "one channel, with at least one of each. A single series is X[None]."
+            "one channel, with at least one of each. Reshape your data: a single series is X[None]."
         )
     return array

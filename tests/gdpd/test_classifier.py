@@ -171,10 +171,13 @@ def test_missing_values_are_an_error_or_filled() -> None:
         ({"options": {"target_space": "identity"}}, (X, Y), "student's head reads 8"),
         ({}, (X, np.zeros(40)), r"1 class\(es\)"),
         ({}, (X, Y[:30]), r"y has shape \(30,\); expected \(40,\)"),
-        ({}, (X[0, 0], Y), r"X has shape \(16,\).*A single series is X\[None\]"),
+        ({}, (X[0, 0], Y), r"X has shape \(16,\).*a single series is X\[None\]"),
         ({}, (X[:0], Y[:0]), r"X has shape \(0, 1, 16\)"),
         ({}, (np.where(X > 1, np.inf, X), Y), "infinite"),
         ({}, ([["a", "b"]] * 40, Y), "cannot be read as numbers"),
+        ({}, (X.astype(complex), Y), "real and imaginary part as two channels"),
+        ({}, (X, None), "target y is None"),
+        ({}, (X, Y + 0.5), "Unknown label type"),
     ],
 )
 def test_bad_input_is_refused_before_training(
@@ -228,7 +231,7 @@ def test_cross_validation_grid_search_and_pipelines_work() -> None:
 
 
 @pytest.mark.parametrize(
-    "labels", [LABELS, Y, Y.astype(float) + 0.5, Y.astype(bool)], ids=["str", "int", "float", "bool"]
+    "labels", [LABELS, Y, Y.astype(float) + 1, Y.astype(bool)], ids=["str", "int", "float", "bool"]
 )
 def test_saved_classifier_predicts_alike(tmp_path: Path, labels: np.ndarray) -> None:
     made = classifier(normalisation="train", resample_to=10).fit(X, labels)
@@ -274,3 +277,20 @@ def test_verbose_shows_progress(capsys: pytest.CaptureFixture[str]) -> None:
 def test_arrays_are_read_as_channels_and_time() -> None:
     assert as_series(X[:, 0]).shape == (40, 1, 16)  # type: ignore[union-attr]
     assert isinstance(as_series([np.zeros(3), np.zeros(4)]), list)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_scikit_learn_s_own_checks_of_estimators_pass() -> None:
+    from sklearn.utils.estimator_checks import check_estimator
+
+    tiny = {"layers": 1, "hidden": 4}
+    made = classifier(method="base", earliness=1.0, teacher_options=tiny, student_options=tiny, epochs=2)
+    not_meant = {
+        "check_n_features_in": "series have channels and time points, not features",
+        "check_n_features_in_after_fitting": "likewise",
+        "check_estimators_empty_data_messages": "likewise, in the message",
+        "check_classifiers_train": "asks for accuracy, which takes more than two epochs",
+    }
+    results = check_estimator(made, expected_failed_checks=not_meant, on_skip=None)
+    assert sum(result["status"] == "passed" for result in results) >= 45
