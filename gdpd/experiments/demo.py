@@ -30,13 +30,14 @@ def demo_grid(seeds: int) -> Grid:
         earliness=(0.2, 0.5),
         methods=("base", "kd", "gdpd"),
         seeds=SEEDS[:seeds],
+        # The paper's small student for both networks, and the prefix as it is: on these sets every method does better
+        # that way than with the stretched prefix, at a fraction of the time.
         common={
-            "teacher_model": "lstm",
-            "student_model": "lstm",
-            "teacher_options": {"hidden": 64, "layers": 2},
-            "student_options": {"hidden": 64, "layers": 2},
-            "epochs": 200,
-            "teacher_epochs": 200,
+            "teacher_model": "lstm2-32",
+            "student_model": "lstm2-32",
+            "prefix_mode": "raw",
+            "epochs": 300,
+            "teacher_epochs": 300,
             "checkpoint_every": 100,
         },
     )
@@ -60,12 +61,12 @@ def run_demo(folder: Path, *, seeds: int, workers: int, threads: int, console: C
 
         def on_outcome(outcome: Outcome) -> None:
             ended.append(outcome)
-            bar.console.print(_line(outcome), highlight=False, markup=False)
+            bar.console.print(_line(outcome), highlight=False, markup=False, soft_wrap=True)
             bar.advance(task)
 
         run_grid(runs, folder, workers=workers, threads=threads, on_outcome=on_outcome)
     for warning in dict.fromkeys(text for outcome in ended for text in outcome.warnings):
-        console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
+        console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     failed = [outcome for outcome in ended if outcome.status == "failed"]
     if len(failed) == len(ended):
         return False

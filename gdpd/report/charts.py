@@ -14,6 +14,8 @@ from gdpd.report.svg import CLASS_COLOURS, GRID, INK, METHOD_COLOURS, MUTED, PAP
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_PART_ORDER = (0, 1, 2, 6, 3, 7, 4, 5)  # of the class colours: neighbours in a legend should differ in hue
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -112,10 +114,12 @@ def loss_parts(name: str, parts: Mapping[str, tuple[np.ndarray, np.ndarray]], wa
     """The parts of a loss over epochs on a logarithmic scale, each named at its end."""
     with figure() as (made, [axes]):
         for number, (part, (epochs, values)) in enumerate(parts.items()):
-            colour = CLASS_COLOURS[number % len(CLASS_COLOURS)]
+            colour = CLASS_COLOURS[_PART_ORDER[number % len(_PART_ORDER)]]
             axes.plot(epochs, values, color=colour, linewidth=1.2, label=part)
         axes.set_yscale("log")
-        axes.legend(frameon=False, fontsize=8, labelcolor=MUTED, ncols=2, loc="best", handlelength=1.2)
+        made.legend(
+            frameon=False, fontsize=8.5, labelcolor=MUTED, ncols=3, loc="outside lower center", handlelength=1.2
+        )
         if warmup:
             _mark_warmup(axes, warmup)
         axes.set_xlabel("epoch")
@@ -153,10 +157,10 @@ def trajectory_plane(name: str, given: Trajectory) -> str:
         return (z - centre) @ plane
 
     dots, rings, states = project(given.features), project(given.z_short), project(given.z_k)
-    with figure(height=3.3) as (made, [axes]):
+    with figure(height=3.2) as (made, [axes]):
         for code in np.unique(given.labels):
             mine = dots[given.labels == code]
-            axes.scatter(mine[:, 0], mine[:, 1], s=11, color=_class_colour(code), alpha=0.35, linewidths=0)
+            axes.scatter(mine[:, 0], mine[:, 1], s=16, color=_class_colour(code), alpha=0.5, linewidths=0)
         for number, code in enumerate(given.path_labels):
             colour, path = _class_colour(code), states[:, number]
             axes.plot(*np.vstack([rings[number], path[0]]).T, color=colour, linewidth=0.8, linestyle=(0, (1, 2)))
@@ -179,9 +183,9 @@ def _mark_warmup(axes: Axes, epoch: int) -> None:
         "warm-up ends",
         (epoch, 1.0),
         xycoords=("data", "axes fraction"),
-        xytext=(3, -2),
+        xytext=(0, 2),
         textcoords="offset points",
-        va="top",
-        fontsize=8,
+        ha="center",
+        fontsize=8.5,
         color=MUTED,
     )

@@ -109,23 +109,23 @@ def _differences(rows: Sequence[Row]) -> dict[str, Any] | None:
 
 
 def _dataset(name: str, runs: Sequence[RunRecord], rows: Sequence[Row], others: list[str]) -> dict[str, Any]:
-    """One dataset's section: charts with a title and a caption each."""
+    """One dataset: its chart over earliness for the overview, and a row of charts for each earliness."""
     mine = [run for run in runs if run.dataset == name]
     slug = re.sub(r"\W+", "-", name.lower())
-    over_earliness = {
-        "title": "AUC-PRC over earliness",
-        "caption": "Test series. Large dots: mean over seeds, bar: one standard deviation, small dots: seeds. "
-        "Dashed: the teacher on the full series.",
-        "svg": charts.scores_over_earliness(f"{slug}-scores", [row for row in rows if row.dataset == name], others),
-    }
-    shares = sorted({run.earliness for run in mine})
-    drawn = [
-        figure
-        for make in (_path_figure, _curves_figure, _alpha_figure, _parts_figure)
-        for share in shares
-        if (figure := make(f"{slug}-{round(1000 * share)}", [r for r in mine if r.earliness == share], others))
-    ]
-    return {"name": name, "figures": [over_earliness, *drawn]}
+    groups = []
+    for share in sorted({run.earliness for run in mine}):
+        here = [run for run in mine if run.earliness == share]
+        made = (
+            make(f"{slug}-{round(1000 * share)}", here, others)
+            for make in (_path_figure, _curves_figure, _alpha_figure, _parts_figure)
+        )
+        figures = [figure for figure in made if figure is not None]
+        if figures:
+            groups.append({"share": f"{100 * share:g}", "figures": figures})
+    over_earliness = charts.scores_over_earliness(
+        f"{slug}-scores", [row for row in rows if row.dataset == name], others
+    )
+    return {"name": name, "over_earliness": over_earliness, "groups": groups}
 
 
 Figure = dict[str, str]
@@ -136,7 +136,7 @@ def _path_figure(slug: str, runs: Sequence[RunRecord], others: list[str]) -> Fig
     if sampled is None:
         return None
     return {
-        "title": f"From z_short to z_hat, {_share(runs)}",
+        "title": "From z_short to z_hat",
         "caption": f"Test series through the {len(sampled.z_k) - 1} steps of the reverse sampler, among the teacher's "
         "features (faint dots), in their plane of largest variance. Ring: the student's feature z_short; dotted: "
         "mixing with noise; filled: z_hat. Colours are classes.",
@@ -149,7 +149,7 @@ def _curves_figure(slug: str, runs: Sequence[RunRecord], others: list[str]) -> F
     if not curves:
         return None
     return {
-        "title": f"Training curves, {_share(runs)}",
+        "title": "Training curves",
         "caption": "AUC-PRC on the validation split after each epoch; thin: single seeds. A small validation split "
         "makes coarse steps.",
         "svg": charts.training_curves(f"{slug}-val", curves, "validation AUC-PRC %", _warmup(runs), others),
@@ -161,7 +161,7 @@ def _alpha_figure(slug: str, runs: Sequence[RunRecord], others: list[str]) -> Fi
     if not len(epochs):
         return None
     return {
-        "title": f"alpha over time, {_share(runs)}",
+        "title": "alpha over time",
         "caption": "Share of the student's feature in the sampler's start (the rest is noise): mean and quantiles "
         "over the training series.",
         "svg": charts.alpha_over_time(f"{slug}-alpha", epochs, mean, bands),
@@ -173,7 +173,7 @@ def _parts_figure(slug: str, runs: Sequence[RunRecord], others: list[str]) -> Fi
     if not parts:
         return None
     return {
-        "title": f"GDPD's losses, {_share(runs)}",
+        "title": "GDPD's losses",
         "caption": "Before weighting, mean over seeds. ce: the student's cross-entropy, ce_hat: that of the sampled "
         "feature, kd: Hinton's loss; noise and autoencoder: the prior, learned in the warm-up.",
         "svg": charts.loss_parts(f"{slug}-parts", parts, _warmup(runs)),
@@ -182,10 +182,6 @@ def _parts_figure(slug: str, runs: Sequence[RunRecord], others: list[str]) -> Fi
 
 def _gdpd(runs: Sequence[RunRecord]) -> list[RunRecord]:
     return [run for run in runs if run.method == "gdpd"]
-
-
-def _share(runs: Sequence[RunRecord]) -> str:
-    return f"{100 * runs[0].earliness:g} % read"
 
 
 def _warmup(runs: Sequence[RunRecord]) -> int | None:
@@ -210,7 +206,7 @@ def _text(value: Any) -> str:
         return ", ".join(f"{key}: {item}" for key, item in value.items()) or "none"
     if isinstance(value, (list, tuple)):
         return ", ".join(str(item) for item in value) or "none"
-    return "null" if value is None else str(value)
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
 
 
 def _versions(runs: Sequence[RunRecord]) -> dict[str, str]:

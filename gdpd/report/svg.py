@@ -32,13 +32,13 @@ _STYLE: Any = {
     "axes.grid": True,
     "axes.grid.axis": "y",
     "axes.labelcolor": MUTED,
-    "axes.labelsize": 9,
+    "axes.labelsize": 9.5,
     "axes.linewidth": 0.6,
     "axes.spines.left": False,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "figure.facecolor": "none",
-    "font.size": 9,
+    "font.size": 9.5,
     "grid.color": GRID,
     "grid.linewidth": 0.6,
     "lines.linewidth": 1.6,
@@ -59,7 +59,7 @@ def method_colour(method: str, others: list[str]) -> str:
 
 
 @contextmanager
-def figure(width: float = 3.7, height: float = 2.5, rows: int = 1, **axes: Any) -> Iterator[tuple[Figure, list[Axes]]]:
+def figure(width: float = 3.5, height: float = 2.6, rows: int = 1, **axes: Any) -> Iterator[tuple[Figure, list[Axes]]]:
     """A figure in the report's style with `rows` axes below each other, `width` × `height` inches, no global state."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure as Made

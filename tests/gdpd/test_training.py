@@ -368,6 +368,13 @@ def test_a_teacher_at_chance_is_told_loudly_or_refused_after_its_retries(tmp_pat
         run(toy.config(home, **weak, weak_teacher="error"), tmp_path / "other")
 
 
+def test_a_teacher_below_its_student_is_told(tmp_path: Path) -> None:
+    config = toy.config(toy.folder(tmp_path), teacher_epochs=1, method="base", epochs=40, earliness=0.9)
+    with pytest.warns(WeakTeacherWarning, match=r"the student, which reads 90% of each series"):
+        metrics = run(config, tmp_path / "run")
+    assert metrics["validation"]["auc_prc"] > metrics["teacher"]["validation"]["auc_prc"]
+
+
 def test_the_best_of_several_teachers_on_validation_data_is_kept(tmp_path: Path) -> None:
     config = toy.config(toy.folder(tmp_path), teacher_candidates=3, teacher_epochs=10, method="base", epochs=1)
     metrics = run(config, tmp_path / "run")
