@@ -32,7 +32,15 @@ from gdpd.training.denormals import flush_denormals
 from gdpd.training.history import History, Progress
 from gdpd.training.loop import derived_seed, scores_of
 from gdpd.training.progress import RichProgress, Several, TensorBoard
-from gdpd.training.stages import Session, Teacher, build_student, rehearse, train_student, train_teacher
+from gdpd.training.stages import (
+    Session,
+    Teacher,
+    build_student,
+    rehearse,
+    tell_if_below_student,
+    train_student,
+    train_teacher,
+)
 from gdpd.training.teacher_cache import copy_teacher, load_teacher, save_teacher, shared_home, teacher_key
 from gdpd.training.tensors import Prepared, outputs, prepare
 
@@ -245,11 +253,13 @@ def _write_results(
         write_arrays(folder / "trajectory.npz", **trajectory)
     seconds = [record["seconds"] for record in session.history.of("student")]
     scores["teacher"].update(teacher.about)
+    validation = scores_of(outputs(student, prepared.prefix_validation)[1], prepared.prefix_validation.y)
+    tell_if_below_student(session.config, prepared.name, teacher, validation)
     return {
         **scores,
         "seconds": sum(seconds),
         "seconds_per_epoch": float(np.median(seconds)),
-        "validation": scores_of(outputs(student, prepared.prefix_validation)[1], prepared.prefix_validation.y),
+        "validation": validation,
         "parameters": sum(parameter.numel() for parameter in student.parameters()),
         "n_train": len(prepared.prefix_train),
         "n_validation": len(prepared.prefix_validation),

@@ -221,6 +221,19 @@ def _tell_if_weak(config: RunConfig, teacher: Teacher, prepared: Prepared) -> No
     warnings.warn(told, WeakTeacherWarning, stacklevel=3)
 
 
+def tell_if_below_student(config: RunConfig, name: str, teacher: Teacher, student: dict[str, float]) -> None:
+    """Warn when the student, reading less, scores higher on validation data than the teacher (AUC-PRC)."""
+    best = teacher.about["validation"]["auc_prc"]
+    if config.earliness < 1 and best < student["auc_prc"]:
+        warnings.warn(
+            f"{name}, seed {config.seed}: on validation data the student, which reads {config.earliness:.0%} of each "
+            f"series, has an AUC-PRC of {student['auc_prc']:.1f} % and the teacher, which reads all, {best:.1f} %. A "
+            "teacher that knows less than its student has little to teach: try more teacher_candidates.",
+            WeakTeacherWarning,
+            stacklevel=3,
+        )
+
+
 def train_student(session: Session, teacher: Teacher | None) -> tuple[Distiller, Selection]:
     """Stage two: the student on prefixes, by the run's method.
 
