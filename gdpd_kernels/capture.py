@@ -349,7 +349,6 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 _in_graphs: dict[str, _Recipe | list[str]] = {}
 
 
-@torch._dynamo.assume_constant_result
 def _recipe_name(module: nn.Module, features: int | None, cond_features: int | None, map_input: bool) -> str:
     plan = _plan(module, (features, cond_features, map_input))
     found = plan.reasons if isinstance(plan, _Failure) else plan.recipe
@@ -362,6 +361,10 @@ def _recipe_name(module: nn.Module, features: int | None, cond_features: int | N
     name = f"{type(module).__name__}{id(found)}"
     _in_graphs[name] = found
     return name
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler where nothing is compiled.
+_recipe_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _capture_in_graph(module: nn.Module, key: tuple[Any, ...]) -> CapturedDenoiser:

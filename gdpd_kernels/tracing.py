@@ -18,9 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -110,6 +108,10 @@ def trace(module: nn.Module, features: int, cond_features: int | None, map_input
     Returns:
         the trace; `Trace.obstacles` is not empty if the run failed, and then `Trace.output` may be None.
     """
+    # Imported here: they bring in sympy and the compiler, seconds that nobody who captures nothing should wait.
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
     dtype, device = _dtype_and_device(module)
     env = ShapeEnv()
     mode = FakeTensorMode(shape_env=env)
@@ -186,7 +188,7 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else "(no message)"
 
 
-def _branches(env: ShapeEnv) -> list[str]:
+def _branches(env: Any) -> list[str]:
     """Decisions that the module's own code took on the batch size."""
     found = []
     for guard in env.guards:
