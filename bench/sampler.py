@@ -1,41 +1,70 @@
-"""The reverse sampler: forward alone, and forward with backward into every gradient."""
+"""asv benchmarks of the reverse sampler: the whole grid in seconds per call, and peak memory of its large cases.
+
+A combination whose matrix products alone would take longer than BENCH_BUDGET seconds (default 0.5; "inf" for all) at
+a modest 50 GFLOP/s is skipped, so that `asv run --quick` ends.
+"""
 
 from __future__ import annotations
 
-import torch
+import os
 
-import gdpd_kernels as gk
 from bench import cases
+from bench.cases import Case
+
+_RATE = 50e9
+HOWS = ("native", "native_bf16", "reference", "eager")
 
 
-class ReverseSample:
-    """Seconds per call of the sampler, for every backend that is usable here and for the eager loop."""
+class _Sampler:
+    """Prepares the call of a combination; a benchmark runs it."""
 
-    param_names = ("batch", "width", "steps", "denoiser", "how")
-    params = ((1, 64, 1024), (32, 100, 256), (5,), ("paper", "mlp"), ("eager", "reference", "auto"))
-    timeout = 120
+    param_names = ("network", "mode", "how", "batch", "width", "steps")
+    timeout = 600
 
-    def setup(self, batch: int, width: int, steps: int, denoiser: str, how: str) -> None:
-        if batch == 1 and denoiser == "paper":
-            raise NotImplementedError  # BatchNorm in training mode has no statistics of one row
-        self.module = cases.denoiser(denoiser, width).train()
-        self.z_short, self.noise = cases.start(batch, width)
-        self.table = gk.ddim_table(num_inference_steps=steps, window="lower")
-        self.how = how
+    def setup(self, network: str, mode: str, how: str, batch: int, width: int, steps: int) -> None:
+        case = Case(network, batch, width, steps, mode)
+        if not case.sensible or case.flops > float(os.environ.get("BENCH_BUDGET", "0.5")) * _RATE:
+            raise NotImplementedError
+        self.call = cases.prepare(case, how)
 
-    def _sample(self) -> torch.Tensor:
-        if self.how == "eager":
-            return cases.eager_sample(self.module, self.z_short, self.noise, 0.5, self.table)
-        return gk.reverse_sample(
-            self.module, self.z_short, table=self.table, alpha=0.5, noise=self.noise, backend=self.how
-        )
 
-    def time_forward(self, *_: object) -> None:
-        with torch.no_grad():
-            self._sample()
+class Sample(_Sampler):
+    """Seconds per call over the whole grid."""
 
-    def time_forward_backward(self, *_: object) -> None:
-        for parameter in self.module.parameters():
-            parameter.grad = None
-        self.z_short.grad = None
-        self._sample().sum().backward()
+    params = (tuple(cases.NETWORKS), cases.MODES, HOWS, cases.BATCHES, cases.WIDTHS, cases.STEPS)
+
+    def time_sample(self, *_: object) -> None:
+        self.call()
+
+
+class SampleRelease(_Sampler):
+    """Seconds per call of the paper's network as the public releases write it."""
+
+    params = (("paper",), ("trainable",), ("release",), cases.BATCHES, cases.WIDTHS, cases.STEPS)
+
+    def time_sample(self, *_: object) -> None:
+        self.call()
+
+
+class SampleCompiled(_Sampler):
+    """Seconds per call of torch.compile, warmed up. It compiles for up to minutes: a few sizes."""
+
+    params = (("mlp",), ("forward", "frozen", "trainable"), ("compiled",), (64, 1024), (100,), (5, 10))
+    smoke = False  # `make bench` leaves it out
+
+    def setup(self, *args: object) -> None:
+        super().setup(*args)  # type: ignore[arg-type]
+        for _ in range(3):
+            self.call()
+
+    def time_sample(self, *_: object) -> None:
+        self.call()
+
+
+class SampleMemory(_Sampler):
+    """Peak memory of the whole process, PyTorch itself included; `bench.compare` shows what the call adds."""
+
+    params = (("mlp",), ("frozen", "trainable"), ("native", "reference", "eager"), (64, 1024, 4096), (100, 512), (5, 50))
+
+    def peakmem_sample(self, *_: object) -> None:
+        self.call()

@@ -1,6 +1,7 @@
 """`python -m bench.smoke`: runs every benchmark once at its smallest size, with every named variant, and prints times.
 
-Not a measurement: it shows in seconds that the benchmarks still run, without asv's environments.
+Not a measurement: it shows in seconds that the benchmarks still run, without asv's environments. Left out are classes
+marked ``smoke = False``, which take minutes, and contenders that this machine cannot run.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import bench
+from bench.cases import Unavailable
 
 _KINDS = ("time_", "peakmem_", "mem_", "track_")
 
@@ -24,7 +26,7 @@ def benchmarks() -> Iterator[tuple[str, type, str]]:
     for found in pkgutil.iter_modules(bench.__path__):
         module = importlib.import_module(f"bench.{found.name}")
         for _, cls in inspect.getmembers(module, inspect.isclass):
-            if cls.__module__ == module.__name__:
+            if cls.__module__ == module.__name__ and getattr(cls, "smoke", True):
                 for name, _ in inspect.getmembers(cls, inspect.isfunction):
                     if name.startswith(_KINDS):
                         yield found.name, cls, name
@@ -43,11 +45,17 @@ def variants(cls: Any) -> Iterator[Iterator[tuple[Any, ...]]]:
 
 
 def run_once(cls: Any, method: str, values: tuple[Any, ...]) -> float | None:
-    """Seconds of one call after setup; None where the benchmark leaves this combination out."""
+    """Seconds of one call after setup; None where the benchmark leaves this combination out.
+
+    Raises:
+        Unavailable: this machine cannot run it at any size.
+    """
     instance = cls()
     try:
         if hasattr(instance, "setup"):
             instance.setup(*values)
+    except Unavailable:
+        raise
     except NotImplementedError:
         return None
     began = time.perf_counter()
@@ -65,7 +73,11 @@ def main() -> int:
         name = f"{module}.{cls.__name__}.{method}"
         for sizes in variants(cls):
             timed = ((values, run_once(cls, method, values)) for values in sizes)
-            values, seconds = next(((v, s) for v, s in timed if s is not None), (None, None))
+            try:
+                values, seconds = next(((v, s) for v, s in timed if s is not None), (None, None))
+            except Unavailable as reason:
+                print(f"{name}: left out, {reason}")
+                continue
             if seconds is None:
                 print(f"{name}: a variant runs at no size", file=sys.stderr)
                 missing += 1

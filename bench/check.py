@@ -1,0 +1,120 @@
+"""Whether a contender computes what it should, before its time is worth anything."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from bench import cases, rivals
+from bench.cases import Case
+
+# A rounding that flips a ReLU changes a gradient by more than all other roundings together, in one draw of inputs and
+# not in the next: errors are medians over draws.
+_DRAWS = 3
+# Above so much arithmetic the check uses fewer rows of the case than the timing does.
+_FLOPS_LIMIT = 1.2e10
+_MIN_ROWS = 257
+# "Plus rounding": what two orders of summation may differ by where plain PyTorch happens to be nearly exact.
+_ROUNDING = {"native_bf16": 1e-3}
+_ROUNDING_FLOAT32 = 2e-6
+# Rivals are not held to anything but computing the same function.
+_SAME_FUNCTION = 1e-3
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Outcome of a check.
+
+    Args:
+        ok: the contender may be timed.
+        text: the error found and the error allowed, for the tensor that comes nearest to its limit.
+    """
+
+    ok: bool
+    text: str
+
+
+def check(case: Case, how: str, call: cases.Call | None = None) -> Verdict:
+    """Compare contender `how` with the float64 reference.
+
+    The library's own backends must stay within twice the error of plain PyTorch (the reference backend, with the same
+    compute dtype), plus rounding; rivals must compute the same function.
+
+    Args:
+        case, how: what is checked; with fewer rows where the case is very large.
+        call: the contender prepared with seed 0, to spare a second compilation; only for cases that are checked whole.
+    """
+    case = reduced(case)
+    found = []
+    draws = 1 if how == "compiled" else _DRAWS
+    for seed in range(draws):
+        run = call if call is not None and seed == 0 and draws == 1 else cases.prepare(case, how, seed)
+        found.append(_errors([rivals.centre(tensor) for tensor in run()], _exact(case, seed)))
+    errors = _medians(found)
+    if how not in ("native", "native_bf16", "reference"):
+        limits = [_SAME_FUNCTION] * len(errors)
+    else:
+        plain = _medians([_plain(case, how == "native_bf16", seed) for seed in range(draws)])
+        limits = [2 * error + _ROUNDING.get(how, _ROUNDING_FLOAT32) for error in plain]
+    shares = [error / limit if error == error else float("inf") for error, limit in zip(errors, limits, strict=True)]
+    worst = max(range(len(shares)), key=shares.__getitem__)
+    text = f"{_label(worst)}: error {errors[worst]:.1e}, allowed {limits[worst]:.1e}"
+    return Verdict(shares[worst] <= 1, text)
+
+
+def reduced(case: Case) -> Case:
+    """The case with as many rows as the check has time for."""
+    rows = max(_MIN_ROWS, int(case.batch * _FLOPS_LIMIT / case.flops))
+    return case if case.batch <= rows else case.with_rows(rows)
+
+
+def _label(index: int) -> str:
+    names = ("z_hat", "gradient of z_short", "gradient of alpha")
+    return names[index] if index < len(names) else f"gradient of parameter {index - len(names)}"
+
+
+def _errors(found: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
+    """Root mean square error of each tensor, relative to the tensor, or to a hundredth of the largest gradient.
+
+    Some gradients are zero but for rounding (a bias ahead of BatchNorm): alone they would have no scale.
+    """
+    sizes = [_rms(tensor) for tensor in exact]
+    floor = 1e-2 * max(sizes[1:], default=0.0)
+    if len(found) != len(exact):
+        raise ValueError(f"{len(found)} results where the reference has {len(exact)}")
+    return [
+        _rms(x.double() - y) / (size + (floor if index else 0.0))
+        for index, (x, y, size) in enumerate(zip(found, exact, sizes, strict=True))
+    ]
+
+
+def _rms(tensor: Tensor) -> float:
+    return float(tensor.double().square().mean().sqrt())
+
+
+def _medians(draws: list[list[float]]) -> list[float]:
+    return [statistics.median(errors) for errors in zip(*draws, strict=True)]
+
+
+@lru_cache(maxsize=2 * _DRAWS)
+def _exact(case: Case, seed: int) -> list[Tensor]:
+    return cases.prepare(case, "reference", seed, torch.float64)()
+
+
+@lru_cache(maxsize=2 * _DRAWS)
+def _plain(case: Case, low: bool, seed: int) -> list[float]:
+    """Errors of the reference backend in float32, or with products in bfloat16."""
+    module, given = cases.denoiser(case, seed), cases.inputs(case, seed)
+    captured = rivals.gk.capture(module)
+    table = rivals.gk.ddim_table(rivals.TRAIN_TIMESTEPS, case.steps, window="lower")
+    dtype = torch.bfloat16 if low else None
+
+    def sample(z_short: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
+        return rivals.operator_sample(captured, z_short, noise, alpha, table, "reference", dtype)
+
+    return _errors(cases.bind(case, given, sample, list(module.parameters()))(), _exact(case, seed))
