@@ -138,8 +138,9 @@ def main(arguments: Sequence[str] = ()) -> int:
         description="Print versions, the machine, what is built, which backends are usable and why the others are not.",
     )
     parser.add_argument("--json", action="store_true", help="print the same facts as JSON")
+    options = parser.parse_args(arguments)
     facts = collect()
-    print(json.dumps(facts, indent=2) if parser.parse_args(arguments).json else _text(facts))
+    print(json.dumps(facts, indent=2) if options.json else _text(facts))
     return 0
 
 
