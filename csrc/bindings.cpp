@@ -208,11 +208,12 @@ void update_running(const std::vector<Address>& means, const std::vector<Address
 }
 
 void update_running_stats(bool running_f64, bool stats_f64, const std::vector<Address>& means,
-                          const std::vector<Address>& vars, Address stats, const std::vector<long>& widths,
-                          const std::vector<double>& momenta, long rows) {
+                          const std::vector<Address>& vars, const std::vector<Address>& counters, Address stats,
+                          const std::vector<long>& widths, const std::vector<double>& momenta, long rows) {
   if (means.size() != widths.size() || vars.size() != widths.size() || widths.empty() ||
       momenta.size() % widths.size() != 0 || rows < 2)
     throw std::invalid_argument("means, variances, widths and momenta do not match, or rows < 2");
+  for (Address counter : counters) *static_cast<int64_t*>(out(counter)) += int64_t(momenta.size() / widths.size());
   const auto* f32 = static_cast<const float*>(in(stats));
   const auto* f64 = static_cast<const double*>(in(stats));
   if (running_f64)

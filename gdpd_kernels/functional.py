@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +86,7 @@ def reverse_sample(
 
     captured = _captured(denoiser, features, cond, backend)
     if captured is None:
+        assert isinstance(denoiser, nn.Module)
         z_hat = _sample_module(denoiser, z_short, table, mix, noise, key, cond, samples, compute)
     else:
         program = captured.program
@@ -94,7 +96,7 @@ def reverse_sample(
         tables = captured.tables(_timesteps(table.timesteps, z_short.device))
         params = captured.parameters_now()
         _check_parameters(program, params, z_short)
-        z_hat, stats, _ = torch.ops.gdpd_kernels.reverse_sample(
+        z_hat, stats, _ = ops.reverse_sample(
             z_short,
             mix,
             noise,
@@ -162,6 +164,7 @@ def prior_loss(
     _check_cond(cond, z_long)
     key = _key(seed, z_long.device) if noise is None or timesteps is None else None
     if timesteps is None:
+        assert key is not None
         words = philox_words(key, batch, 1, step=_TIMESTEP_DRAW, device=z_long.device)[:, 0, 0]
         timesteps = (words * alphas_cumprod.shape[0]) >> 32
     elif timesteps.shape != (batch,) or timesteps.is_floating_point():
@@ -173,6 +176,7 @@ def prior_loss(
 
     captured = _captured(denoiser, features, cond, backend)
     if captured is None:
+        assert isinstance(denoiser, nn.Module)
         return _loss_module(denoiser, z_long, timesteps, noise, key, signal, sigma, cond, prediction, compute)
     program = captured.program
     _check_fit(program, z_long, cond, batch)
@@ -181,7 +185,7 @@ def prior_loss(
     _check_parameters(program, params, z_long)
     inputs = [z_long, *rows, *tables, *params]
     wanted = [i for i, x in enumerate(inputs) if x.requires_grad] if torch.is_grad_enabled() else []
-    loss, stats, _ = torch.ops.gdpd_kernels.prior_loss(
+    loss, stats, _ = ops.prior_loss(
         z_long,
         noise,
         key,
@@ -200,7 +204,7 @@ def prior_loss(
     return loss
 
 
-# --- arguments ---------------------------------------------------------------------------------------------------------
+# --- arguments ----------------------------------------------------------------------------------------------------
 
 
 def _precision(name: str, z: Tensor, compute_dtype: torch.dtype | None) -> tuple[Tensor, torch.dtype]:
@@ -308,17 +312,28 @@ def _check_fit(program: DenoiserProgram, z: Tensor, cond: Tensor | None, rows: i
 
 
 def _check_parameters(program: DenoiserProgram, params: Sequence[Tensor], z: Tensor) -> None:
+    """The capture answers for the shapes; dtype and device are those of the state or the call fails."""
+    if {p.dtype for p in params} <= {z.dtype} and {p.device for p in params} <= {z.device}:
+        return
     for index, param in enumerate(params):
-        if param.dtype != z.dtype or param.device != z.device or param.shape != program.params[index]:
+        if param.dtype != z.dtype or param.device != z.device:
             name = program.names[index] if program.names else f"p{index}"
             raise ValueError(
-                f"parameter {name} is {list(param.shape)}, {param.dtype} on {param.device}; expected "
-                f"{list(program.params[index])}, {z.dtype} on {z.device} as the state has. Move the denoiser with .to(...)"
+                f"parameter {name} is {param.dtype} on {param.device}, the state {z.dtype} on {z.device}; "
+                "move the denoiser with .to(...)"
             )
 
 
 def _timesteps(steps: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(steps, dtype=torch.int64, device=device)
+    if torch.compiler.is_compiling():
+        return torch.tensor(steps, dtype=torch.int64, device=device)
+    return _kept_timesteps(steps, device)
+
+
+@lru_cache(maxsize=64)
+def _kept_timesteps(steps: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(steps, dtype=torch.int64, device=device)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -343,7 +358,7 @@ def _save_mode(
     return values if size <= SAVED_VALUES_LIMIT else ops.SAVE_STATES
 
 
-# --- the denoiser ------------------------------------------------------------------------------------------------------
+# --- the denoiser -------------------------------------------------------------------------------------------------
 
 
 def _captured(denoiser: Denoiser, features: int, cond: Tensor | None, backend: str) -> CapturedDenoiser | None:
@@ -372,20 +387,27 @@ def _update_running_stats(batch_norms: Sequence[nn.Module], stats: Tensor, rows:
         return
     steps = stats.shape[0]
     empty = stats.new_empty(0)  # stands for a BatchNorm that keeps no running statistics
-    means = [empty if bn.running_mean is None else bn.running_mean for bn in batch_norms]
-    if all(mean is empty for mean in means):
+    buffers = [bn._buffers for bn in batch_norms]
+    means = [empty if (mean := kept["running_mean"]) is None else mean for kept in buffers]
+    variances = [empty if (var := kept["running_var"]) is None else var for kept in buffers]
+    counters = [counter for kept in buffers if (counter := kept["num_batches_tracked"]) is not None]
+    if not counters:
         return
-    variances = [empty if bn.running_var is None else bn.running_var for bn in batch_norms]
-    counters = [bn.num_batches_tracked for bn in batch_norms if bn.num_batches_tracked is not None]
-    seen = [0 if bn.momentum is not None else int(bn.num_batches_tracked) for bn in batch_norms]
-    momenta = [
-        bn.momentum if bn.momentum is not None else 1.0 / (count + k + 1)
-        for k in range(steps)
-        for bn, count in zip(batch_norms, seen, strict=True)
-    ]
-    widths = [bn.num_features for bn in batch_norms]
-    torch.ops.gdpd_kernels.update_running_stats_(means, variances, stats, widths, momenta, rows, backend)
-    torch._foreach_add_(counters, steps)
+    momenta: list[Any] = [bn.momentum for bn in batch_norms] * steps
+    if None in momenta:  # a cumulative average: one over the number of batches seen
+        seen = [0 if kept["num_batches_tracked"] is None else int(kept["num_batches_tracked"]) for kept in buffers]
+        momenta = [
+            1.0 / (seen[i % len(seen)] + i // len(seen) + 1) if momentum is None else momentum
+            for i, momentum in enumerate(momenta)
+        ]
+    widths: list[int] = [bn.num_features for bn in batch_norms]  # type: ignore[misc]
+    if torch.compiler.is_compiling():
+        update = torch.ops.gdpd_kernels.update_running_stats_
+        update(means, variances, counters, stats, widths, momenta, rows, backend)
+        return
+    # The operator, without the dispatcher's toll on forty tensors; what it would do besides is to note the mutation.
+    load(backend).update_running_stats(means, variances, counters, stats, widths, momenta, rows)
+    torch.autograd.graph.increment_version([*means, *variances, *counters])
 
 
 def _model(denoiser: nn.Module, cond: Tensor | None, compute: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
@@ -417,6 +439,7 @@ def _sample_module(
     batch, features = z_short.shape
 
     def normals(step: int) -> Tensor:
+        assert key is not None
         draws = [
             philox_normal(key, batch, features, step=step, sample=j, dtype=z_short.dtype, device=z_short.device)
             for j in range(samples)
@@ -446,7 +469,9 @@ def _loss_module(
 ) -> Tensor:
     """The prior's loss on a module that could not be captured."""
     if noise is None:
-        noise = philox_normal(key, *z_long.shape, dtype=z_long.dtype, device=z_long.device)
+        assert key is not None
+        batch, features = z_long.shape
+        noise = philox_normal(key, batch, features, dtype=z_long.dtype, device=z_long.device)
     signal, sigma = signal[:, None], sigma[:, None]
     predicted = _model(denoiser, cond, compute)(signal * z_long + sigma * noise, timesteps)
     target = {"eps": noise, "x0": z_long, "v": signal * noise - sigma * z_long}[prediction]

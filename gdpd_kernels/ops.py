@@ -58,13 +58,13 @@ LIBRARY.define(
 LIBRARY.define(
     "reverse_sample_backward(Tensor grad, Tensor z_short, Tensor? alpha, Tensor? noise, Tensor? seed, Tensor[] rows, "
     "Tensor[] tables, Tensor[] params, Tensor stats, Tensor saved, str program, float[] coefficients, "
-    "int num_samples, str backend, str compute_dtype, int save, int[] wanted) -> Tensor",
+    "int num_samples, str backend, str compute_dtype, int save, int[] wanted) -> Tensor[]",
     tags=_TAGS,
 )
 LIBRARY.define(
     "prior_loss(Tensor z_long, Tensor? noise, Tensor? seed, Tensor signal, Tensor sigma, Tensor[] rows, "
     "Tensor[] tables, Tensor[] params, str program, str prediction, str backend, str compute_dtype, int[] wanted) "
-    "-> (Tensor loss, Tensor stats, Tensor flat_gradient)",
+    "-> (Tensor loss, Tensor stats, Tensor[] gradients)",
     tags=_TAGS,
 )
 LIBRARY.define(
@@ -74,10 +74,23 @@ LIBRARY.define(
     tags=_TAGS,
 )
 LIBRARY.define(
-    "update_running_stats_(Tensor(a!)[] means, Tensor(b!)[] variances, Tensor stats, int[] widths, float[] momenta, "
-    "SymInt rows, str backend) -> ()",
+    "update_running_stats_(Tensor(a!)[] means, Tensor(b!)[] variances, Tensor(c!)[] counters, Tensor stats, "
+    "int[] widths, float[] momenta, SymInt rows, str backend) -> ()",
     tags=_TAGS,
 )
+
+
+def is_plain(tensor: Any) -> bool:
+    """Whether an operator call on `tensor` would reach its kernel as it is: an eager call that no mode, functorch
+    transform or profiler watches. Such a call may skip the dispatcher, which takes as long as a small sampler to carry
+    thirty parameters there and back."""
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.autograd._profiler_enabled()
+    )
 
 
 def _implement(name: str) -> Any:
@@ -164,7 +177,7 @@ def _reverse_sample_backward(
     compute_dtype: str,
     save: int,
     wanted: list[int],
-) -> Tensor:
+) -> list[Tensor]:
     return load(backend).reverse_sample_backward(
         grad,
         _parse(program),
@@ -204,9 +217,9 @@ def _(
     compute_dtype: str,
     save: int,
     wanted: list[int],
-) -> Tensor:
+) -> list[Tensor]:
     tensors = [z_short, alpha, *rows, *tables, *params]
-    return z_short.new_empty(sum((x.numel() for x in (tensors[i] for i in wanted) if x is not None), 0))
+    return [z_short.new_empty(x.shape) for x in (tensors[i] for i in wanted) if x is not None]
 
 
 class _Sample(torch.autograd.Function):
@@ -216,8 +229,12 @@ class _Sample(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, counts: tuple[int, int], constants: tuple[Any, ...], *tensors: Tensor | None) -> Any:
         rows, tables, params = _split(tensors[4:], counts)
-        with torch._C._AutoDispatchBelowAutograd():
-            z_hat, stats, saved = torch.ops.gdpd_kernels.reverse_sample(*tensors[:4], rows, tables, params, *constants)
+        if is_plain(tensors[0]):
+            z_hat, stats, saved = _reverse_sample(*tensors[:4], rows, tables, params, *constants)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                op = torch.ops.gdpd_kernels.reverse_sample
+                z_hat, stats, saved = op(*tensors[:4], rows, tables, params, *constants)
         ctx.save_for_backward(*tensors, stats, saved)
         ctx.counts, ctx.constants = counts, constants
         ctx.set_materialize_grads(False)
@@ -225,7 +242,7 @@ class _Sample(torch.autograd.Function):
         return z_hat, stats, saved
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _stats: None, _saved: None) -> Any:
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
         *tensors, stats, saved = ctx.saved_tensors
         z_short, alpha, noise, seed, *rest = tensors
         needs = ctx.needs_input_grad[2:]
@@ -238,8 +255,8 @@ class _Sample(torch.autograd.Function):
         if grad is None:
             found = [torch.zeros_like(inputs[i]) for i in positions]
         elif torch.is_grad_enabled():
-            # create_graph=True: backward itself is to be differentiated, which plain PyTorch can do and a kernel cannot.
-            z_hat, _ = reference.reverse_sample(
+            # create_graph=True: backward is to be differentiated itself, which plain PyTorch can do and a kernel cannot
+            z_hat, _stats = reference.reverse_sample(
                 _parse(program),
                 z_short,
                 alpha,
@@ -254,10 +271,11 @@ class _Sample(torch.autograd.Function):
             )
             found = _differentiable_gradients(z_hat, [inputs[i] for i in positions], grad)
         else:
-            flat = torch.ops.gdpd_kernels.reverse_sample_backward(
+            op = torch.ops.gdpd_kernels.reverse_sample_backward
+            run = _reverse_sample_backward if is_plain(grad) else op
+            found = run(
                 grad, z_short, alpha, noise, seed, rows, tables, params, stats, saved, *ctx.constants, positions
             )
-            found = _unflatten(flat, [inputs[i] for i in positions])
         gradients: list[Tensor | None] = [None] * len(inputs)
         for i, g in zip(positions, found, strict=True):
             gradients[i] = g
@@ -281,16 +299,17 @@ def _autograd_sample(
     *constants: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     counts = len(rows), len(tables)
-    return _Sample.apply(counts, constants, z_short, alpha, noise, seed, *rows, *tables, *params)  # type: ignore[no-untyped-call, no-any-return]
+    return _Sample.apply(counts, constants, z_short, alpha, noise, seed, *rows, *tables, *params)
 
 
 LIBRARY.impl("reverse_sample", _autograd_sample, "Autograd")
 
 
-def _unflatten(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
-    """Parts of a flat gradient in the shapes of `like`; they share its memory, which costs one allocation, not thirty."""
-    parts = flat.split([tensor.numel() for tensor in like])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
+def reverse_sample(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator, by the shortest way: ``torch.ops.gdpd_kernels.reverse_sample`` and this give the same."""
+    if not is_plain(arguments[0]):
+        return torch.ops.gdpd_kernels.reverse_sample(*arguments)
+    return _autograd_sample(*arguments) if torch.is_grad_enabled() else _reverse_sample(*arguments)
 
 
 def _differentiable_gradients(output: Tensor, inputs: list[Tensor], grad: Tensor | None) -> list[Tensor]:
@@ -313,7 +332,7 @@ def _prior_loss(
     backend: str,
     compute_dtype: str,
     wanted: list[int],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     return load(backend).prior_loss(
         _parse(program),
         z_long,
@@ -345,11 +364,10 @@ def _(
     backend: str,
     compute_dtype: str,
     wanted: list[int],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     tensors = [z_long, *rows, *tables, *params]
-    fused = _fuses(backend)
-    numel = sum((tensors[i].numel() for i in wanted), 0) if fused else 0
-    return z_long.new_empty(()), z_long.new_empty(1, _parse(program).stats_width), z_long.new_empty(numel)
+    gradients = [torch.empty_like(tensors[i]) for i in wanted] if _fuses(backend) else []
+    return z_long.new_empty(()), z_long.new_empty(1, _parse(program).stats_width), gradients
 
 
 @_implement("prior_loss_backward")
@@ -415,29 +433,44 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, counts: tuple[int, int], constants: tuple[Any, ...], *tensors: Tensor | None) -> Any:
         rows, tables, params = _split(tensors[5:], counts)
-        with torch._C._AutoDispatchBelowAutograd():
-            loss, stats, flat = torch.ops.gdpd_kernels.prior_loss(*tensors[:5], rows, tables, params, *constants)
-        ctx.save_for_backward(*tensors, flat)
-        ctx.counts, ctx.constants = counts, constants
+        if is_plain(tensors[0]):
+            loss, stats, gradients = _prior_loss(*tensors[:5], rows, tables, params, *constants)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                op = torch.ops.gdpd_kernels.prior_loss
+                loss, stats, gradients = op(*tensors[:5], rows, tables, params, *constants)
+        ctx.save_for_backward(*tensors, *gradients)
+        ctx.counts, ctx.constants, ctx.inputs = counts, constants, len(tensors)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(stats, flat)
-        return loss, stats, flat
+        ctx.mark_non_differentiable(stats, *gradients)
+        return loss, stats, *gradients
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _stats: None, _flat: None) -> Any:
-        *tensors, flat = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
+        tensors, unit = ctx.saved_tensors[: ctx.inputs], ctx.saved_tensors[ctx.inputs :]
         rows, tables, params = _split(tensors[5:], ctx.counts)
         program, prediction, backend, compute_dtype, wanted = ctx.constants
         inputs = [tensors[0], *tensors[5:]]
         if grad is None:
             found = [torch.zeros_like(inputs[i]) for i in wanted]
         elif torch.is_grad_enabled():
-            loss, _ = reference.prior_loss(
-                _parse(program), *tensors[:5], rows, tables, params, prediction, _dtype_of[compute_dtype]
+            z_long, noise, seed, signal, sigma = tensors[:5]
+            loss, _stats = reference.prior_loss(
+                _parse(program),
+                z_long,
+                noise,
+                seed,
+                signal,
+                sigma,
+                rows,
+                tables,
+                params,
+                prediction,
+                _dtype_of[compute_dtype],
             )
             found = _differentiable_gradients(loss, [inputs[i] for i in wanted], grad)
         elif _fuses(backend):
-            found = _unflatten(flat * grad, [inputs[i] for i in wanted])
+            found = list(torch._foreach_mul(unit, grad))
         else:
             found = torch.ops.gdpd_kernels.prior_loss_backward(
                 grad, *tensors[:5], rows, tables, params, program, prediction, compute_dtype, wanted
@@ -458,31 +491,43 @@ def _autograd_loss(
     tables: list[Tensor],
     params: list[Tensor],
     *constants: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     counts = len(rows), len(tables)
-    return _Loss.apply(counts, constants, z_long, noise, seed, signal, sigma, *rows, *tables, *params)  # type: ignore[no-untyped-call, no-any-return]
+    loss, stats, *gradients = _Loss.apply(
+        counts, constants, z_long, noise, seed, signal, sigma, *rows, *tables, *params
+    )
+    return loss, stats, gradients
 
 
 LIBRARY.impl("prior_loss", _autograd_loss, "Autograd")
+
+
+def prior_loss(*arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The operator, by the shortest way: ``torch.ops.gdpd_kernels.prior_loss`` and this give the same."""
+    if not is_plain(arguments[0]):
+        return torch.ops.gdpd_kernels.prior_loss(*arguments)
+    return _autograd_loss(*arguments) if torch.is_grad_enabled() else _prior_loss(*arguments)
 
 
 @_implement("update_running_stats_")
 def _update_running_stats(
     means: list[Tensor],
     variances: list[Tensor],
+    counters: list[Tensor],
     stats: Tensor,
     widths: list[int],
     momenta: list[float],
     rows: int,
     backend: str,
 ) -> None:
-    load(backend).update_running_stats(means, variances, stats, widths, momenta, rows)
+    load(backend).update_running_stats(means, variances, counters, stats, widths, momenta, rows)
 
 
 @torch.library.register_fake("gdpd_kernels::update_running_stats_", lib=LIBRARY)
 def _(
     means: list[Tensor],
     variances: list[Tensor],
+    counters: list[Tensor],
     stats: Tensor,
     widths: list[int],
     momenta: list[float],

@@ -201,6 +201,13 @@ class DenoiserProgram:
             return sum(widths[operand] for operand in op.inputs)
         return width
 
+    def __hash__(self) -> int:
+        return self._hash  # programs are keys of caches on the hot path
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.text)
+
     @cached_property
     def batch_norms(self) -> tuple[int, ...]:
         """Positions in `ops` of the training-mode BatchNorms, which couple the rows of a batch."""

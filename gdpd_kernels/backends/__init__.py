@@ -2,7 +2,7 @@
 
 Each backend carries a frozen record of what it can do and answers, for a call, with the list of reasons why it cannot
 take it (empty: it can). ``auto`` takes the first that can, in `ORDER`, and tells once per cause when it passes over a
-faster one that might have been expected to serve. A backend asked for by name that cannot serve raises, with its reasons.
+faster one that might have been expected to serve. A backend asked for by name that cannot serve raises, with reasons.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ class Backend(Protocol):
         compute_dtype: torch.dtype,
         save: int,
         wanted: Sequence[int],
-    ) -> Tensor:
-        """Gradients of [z_short, alpha, *rows, *tables, *params] at the positions `wanted`, flat, one after the other."""
+    ) -> list[Tensor]:
+        """Gradients of [z_short, alpha, *rows, *tables, *params] at the positions `wanted`."""
 
     def prior_loss(
         self,
@@ -125,14 +125,15 @@ class Backend(Protocol):
         prediction: str,
         compute_dtype: torch.dtype,
         wanted: Sequence[int],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, batch statistics and, if the backend fuses it, the flat gradient of [z_long, *rows, *tables, *params]
-        at the positions `wanted`; else an empty tensor."""
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Loss, batch statistics and, if the backend fuses them, the gradients of [z_long, *rows, *tables, *params]
+        at the positions `wanted`; else no tensors."""
 
     def update_running_stats(
         self,
         means: Sequence[Tensor],
         variances: Sequence[Tensor],
+        counters: Sequence[Tensor],
         stats: Tensor,
         widths: Sequence[int],
         momenta: Sequence[float],
@@ -140,7 +141,8 @@ class Backend(Protocol):
     ) -> None:
         """Update running statistics in place, as if the module had been called once per row of `stats`.
 
-        An empty tensor stands for a BatchNorm that keeps none. `momenta`: K × len(means) numbers.
+        An empty tensor stands for a BatchNorm that keeps none. `counters` (num_batches_tracked) grow by the number of
+        rows of `stats`. `momenta`: K × len(means) numbers.
         """
 
 

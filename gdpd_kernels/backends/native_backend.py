@@ -128,8 +128,8 @@ def _threads(program: DenoiserProgram, rows: int, steps: int) -> int:
     return max(1, min(torch.get_num_threads(), 1 + work // _MACS_PER_THREAD))
 
 
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 def _dense_list(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -195,7 +195,7 @@ class NativeBackend:
         batch, features = z_short.shape
         total, steps = num_samples * batch, len(coefficients) // 3
         plan, f64 = self._plan(program), z_short.dtype == torch.float64
-        z_short, noise = _dense(z_short), _dense(noise)
+        z_short, noise = _dense(z_short), None if noise is None else _dense(noise)
         rows, tables, params = _dense_list(rows), _dense_list(tables), _dense_list(params)
         z_hat = z_short.new_empty(total, features)
         stats = z_short.new_empty(steps, program.stats_width)
@@ -241,23 +241,22 @@ class NativeBackend:
         compute_dtype: torch.dtype,
         save: int,
         wanted: Sequence[int],
-    ) -> Tensor:
+    ) -> list[Tensor]:
         batch, features = z_short.shape
         total, steps = num_samples * batch, len(coefficients) // 3
-        grad, z_short, noise = _dense(grad), _dense(z_short), _dense(noise)
+        grad, z_short, noise = _dense(grad), _dense(z_short), None if noise is None else _dense(noise)
         rows, tables, params = _dense_list(rows), _dense_list(tables), _dense_list(params)
         ends = 2 + len(rows), 2 + len(rows) + len(tables)
         inputs = [z_short, alpha, *rows, *tables, *params]
-        sizes = [inputs[i].numel() for i in wanted]  # type: ignore[union-attr]
-        flat = z_short.new_empty(sum(sizes))
-        addresses, at = [0] * len(inputs), flat.data_ptr()
+        gradients = [torch.empty_like(inputs[i]) for i in wanted]  # type: ignore[arg-type]
+        addresses = [0] * len(inputs)
         summed: dict[int, Tensor] = {}  # gradients that the kernels give per trajectory, and that are summed below
-        for i, size in zip(wanted, sizes, strict=True):
-            addresses[i] = at
-            at += size * flat.element_size()
-            if i < ends[0] and (num_samples > 1 or (i == 1 and size != total * features)):
-                summed[i] = z_short.new_empty(num_samples, batch, features if i < 2 else program.rows[i - 2])
-                addresses[i] = summed[i].data_ptr()
+        for at, (i, gradient) in enumerate(zip(wanted, gradients, strict=True)):
+            if i < ends[0] and (num_samples > 1 or (i == 1 and gradient.numel() != total * features)):
+                summed[at] = gradient = z_short.new_empty(
+                    num_samples, batch, features if i < 2 else program.rows[i - 2]
+                )
+            addresses[i] = gradient.data_ptr()
         _load().backward(  # type: ignore[union-attr]
             self._plan(program),
             z_short.dtype == torch.float64,
@@ -284,11 +283,9 @@ class NativeBackend:
             addresses[ends[0] : ends[1]],
             addresses[ends[1] :],
         )
-        if summed:
-            for i, part in zip(wanted, flat.split(sizes), strict=True):
-                if i in summed:
-                    part.copy_(summed[i].sum(0).sum_to_size(inputs[i].shape).view(-1))  # type: ignore[union-attr]
-        return flat
+        for at, parts in summed.items():
+            gradients[at] = parts.sum(0).sum_to_size(gradients[at].shape)
+        return gradients
 
     def prior_loss(
         self,
@@ -304,17 +301,17 @@ class NativeBackend:
         prediction: str,
         compute_dtype: torch.dtype,
         wanted: Sequence[int],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
         batch = z_long.shape[0]
-        z_long, noise, signal, sigma = _dense(z_long), _dense(noise), _dense(signal), _dense(sigma)
+        z_long, signal, sigma = _dense(z_long), _dense(signal), _dense(sigma)
+        noise = None if noise is None else _dense(noise)
         rows, tables, params = _dense_list(rows), _dense_list(tables), _dense_list(params)
         inputs = [z_long, *rows, *tables, *params]
         stats = z_long.new_empty(1, program.stats_width)
-        flat = z_long.new_empty(sum(inputs[i].numel() for i in wanted))
-        addresses, at = [0] * len(inputs), flat.data_ptr()
-        for i in wanted:
-            addresses[i] = at
-            at += inputs[i].numel() * flat.element_size()
+        gradients = [torch.empty_like(inputs[i]) for i in wanted]
+        addresses = [0] * len(inputs)
+        for i, gradient in zip(wanted, gradients, strict=True):
+            addresses[i] = gradient.data_ptr()
         ends = 1 + len(rows), 1 + len(rows) + len(tables)
         value = _load().prior_loss(  # type: ignore[union-attr]
             self._plan(program),
@@ -338,25 +335,27 @@ class NativeBackend:
             addresses[ends[0] : ends[1]],
             addresses[ends[1] :],
         )
-        return z_long.new_full((), value), stats, flat
+        return z_long.new_full((), value), stats, gradients
 
     def update_running_stats(
         self,
         means: Sequence[Tensor],
         variances: Sequence[Tensor],
+        counters: Sequence[Tensor],
         stats: Tensor,
         widths: Sequence[int],
         momenta: Sequence[float],
         rows: int,
     ) -> None:
         kept = [mean for mean in means if mean.numel()]
-        if any(x.dtype != kept[0].dtype or not x.is_contiguous() for x in [*kept, *variances] if x.numel()):
+        if len({x.dtype for x in [*kept, *variances] if x.numel()}) > 1 or not all(x.is_contiguous() for x in kept):
             raise ValueError("running statistics: expected dense tensors of one dtype; move the denoiser with .to(...)")
         _load().update_running_stats(  # type: ignore[union-attr]
             kept[0].dtype == torch.float64,
             stats.dtype == torch.float64,
             [_address(x) if x.numel() else 0 for x in means],
             [_address(x) if x.numel() else 0 for x in variances],
+            _addresses(counters),
             _address(stats),
             widths,
             momenta,

@@ -1,4 +1,4 @@
-"""The meaning of every operator in plain PyTorch: what the fast backends are held to, and what runs when none of them can."""
+"""The meaning of every operator in plain PyTorch: what fast backends are held to, and what runs when none can."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def noise_fused_init(z_short: Tensor, alpha: Tensor | None, eps: Tensor | None) -> Tensor:
-    """The start of the reverse process: z = alpha z_short + (1 − alpha) eps, without square roots (GDPD, METHOD 1.2)."""
+    """The start of the reverse process: z = alpha z_short + (1 − alpha) eps, without square roots (GDPD)."""
     if alpha is None or eps is None:
         return z_short
     return alpha * z_short + (1 - alpha) * eps
@@ -96,12 +96,14 @@ def _apply(
             with torch.no_grad():
                 variance, mean = torch.var_mean(x, dim=0, correction=0)
             batch_stats += [mean, variance]
-        return F.batch_norm(x, None, None, *weights, training=True, eps=op.attr("eps"))
+        weight, bias = weights
+        return F.batch_norm(x, None, None, weight, bias, training=True, eps=op.attr("eps"))
     if op.kind == "batch_norm_eval":
-        mean, var, weight, bias = weights
+        mean, var, weight, bias = weights  # type: ignore[assignment]
         return F.batch_norm(x, mean, var, weight, bias, training=False, eps=op.attr("eps"))
     if op.kind == "layer_norm":
-        return F.layer_norm(x, x.shape[-1:], *weights, eps=op.attr("eps"))
+        weight, bias = weights
+        return F.layer_norm(x, x.shape[-1:], weight, bias, op.attr("eps"))
     if op.kind == "rms_norm":
         return F.rms_norm(x, x.shape[-1:], weights[0], eps=op.attr("eps"))
     if op.kind in _ACTIVATIONS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def _without_autocast(device: str) -> Iterator[None]:
         yield
 
 
-def _leaves(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _leaves(tensors: Sequence[Tensor | None]) -> list[Any]:
     return [None if tensor is None else tensor.detach().requires_grad_() for tensor in tensors]
 
 
@@ -94,7 +95,7 @@ class ReferenceBackend:
         compute_dtype: torch.dtype,
         save: int,
         wanted: Sequence[int],
-    ) -> Tensor:
+    ) -> list[Tensor]:
         tensors = [z_short, alpha, *rows, *tables, *params]
         leaves = _leaves([tensor if i in wanted else None for i, tensor in enumerate(tensors)])
         z, mix, *rest = (tensor if leaf is None else leaf for tensor, leaf in zip(tensors, leaves, strict=True))
@@ -113,7 +114,7 @@ class ReferenceBackend:
                 num_samples,
                 compute_dtype,
             )
-            return torch.cat([g.reshape(-1) for g in _gradients(z_hat, leaves, grad)])
+            return _gradients(z_hat, leaves, grad)
 
     def prior_loss(
         self,
@@ -129,22 +130,24 @@ class ReferenceBackend:
         prediction: str,
         compute_dtype: torch.dtype,
         wanted: Sequence[int],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
         with torch.no_grad(), _without_autocast(z_long.device.type):
             loss, stats = reference.prior_loss(
                 program, z_long, noise, seed, signal, sigma, rows, tables, params, prediction, compute_dtype
             )
-        return loss, stats, z_long.new_empty(0)
+        return loss, stats, []
 
     def update_running_stats(
         self,
         means: Sequence[Tensor],
         variances: Sequence[Tensor],
+        counters: Sequence[Tensor],
         stats: Tensor,
         widths: Sequence[int],
         momenta: Sequence[float],
         rows: int,
     ) -> None:
+        torch._foreach_add_(list(counters), stats.shape[0])
         unbiased = rows / (rows - 1)
         layers = len(means)
         for k, step in enumerate(stats):
