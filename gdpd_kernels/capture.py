@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ class _Recipe:
     lowered: Lowered
     t_per_row: bool
     modes: tuple[tuple[str, bool], ...]
+    untracked: dict[int, nn.Module]  # by width, BatchNorms that keep no statistics
 
 
 class _Plan:
@@ -49,11 +50,30 @@ class _Plan:
 
     def __init__(self, module: nn.Module, key: tuple[Any, ...], traced: Trace, lowered: Lowered) -> None:
         modes = tuple((path, submodule.training) for path, submodule in module.named_modules())
-        self.recipe = _Recipe(key, lowered, traced.t_per_row, modes)
+        untracked: dict[int, nn.Module] = {
+            width: nn.BatchNorm1d(width, affine=False, track_running_stats=False)
+            for width in lowered.batch_norms
+            if isinstance(width, int)
+        }
+        self.recipe = _Recipe(key, lowered, traced.t_per_row, modes, untracked)
         self.key = key
         self.watch = Watch(module, traced.touched)
         prologues = lowered.params, lowered.tables, lowered.rows
+        # A module that is itself a BatchNorm is looked up at every call, since nothing here may hold on to it.
+        found = _batch_norms(module, self.recipe)
+        self.batch_norms = None if module in found else found
         self.readers = {prologue: Reader(module, prologue.leaves) for prologue in prologues}
+        self.batch_norms = [
+            weakref.ref(module.get_submodule(place)) if isinstance(place, str) else _Untracked(place).itself
+            for place in lowered.batch_norms
+        ]
+
+
+def _batch_norms(module: nn.Module, recipe: _Recipe) -> list[nn.Module]:
+    return [
+        module.get_submodule(place) if isinstance(place, str) else recipe.untracked[place]
+        for place in recipe.lowered.batch_norms
+    ]
 
 
 def _find(module: nn.Module, leaf: Leaf) -> Any:
@@ -70,16 +90,6 @@ class _Failure:
         self.key = key
         self.watch = Watch(module)
         self.reasons = error.reasons
-
-
-class _Untracked:
-    """Stands for a BatchNorm that keeps no running statistics."""
-
-    running_mean = running_var = num_batches_tracked = None
-    momentum = 0.1
-
-    def __init__(self, num_features: int) -> None:
-        self.num_features = num_features
 
 
 class CapturedDenoiser:
@@ -99,15 +109,14 @@ class CapturedDenoiser:
         self._plan = plan  # None in a compiled graph
 
     @property
-    def batch_norms(self) -> list[Any]:
+    def batch_norms(self) -> list[nn.Module]:
         """The live BatchNorms in training mode, in the order of the program's batch statistics.
 
-        Where no module keeps the statistics, an object with the same attributes stands in, all of them None.
+        Where no module keeps the statistics, a BatchNorm that tracks none stands in.
         """
-        return [
-            self.module.get_submodule(place) if isinstance(place, str) else _Untracked(place)
-            for place in self._recipe.lowered.batch_norms
-        ]
+        if self._plan is not None and self._plan.batch_norms is not None and not torch.compiler.is_compiling():
+            return self._plan.batch_norms
+        return _batch_norms(self.module, self._recipe)
 
     def current(self) -> CapturedDenoiser:
         """This capture while it holds, else a new one of the module as it is now."""

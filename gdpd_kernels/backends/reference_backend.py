@@ -29,6 +29,11 @@ def _leaves(tensors: Sequence[Tensor | None]) -> list[Any]:
     return [None if tensor is None else tensor.detach().requires_grad_() for tensor in tensors]
 
 
+def _instead(tensors: Sequence[Tensor | None], leaves: Sequence[Tensor | None]) -> list[Any]:
+    """The tensors, with their leaves in place of those that have one."""
+    return [tensor if leaf is None else leaf for tensor, leaf in zip(tensors, leaves, strict=True)]
+
+
 def _gradients(output: Tensor, leaves: Sequence[Tensor | None], grad: Tensor | None) -> list[Tensor]:
     inputs = [leaf for leaf in leaves if leaf is not None]
     found = torch.autograd.grad(output, inputs, grad, allow_unused=True)
@@ -98,7 +103,7 @@ class ReferenceBackend:
     ) -> list[Tensor]:
         tensors = [z_short, alpha, *rows, *tables, *params]
         leaves = _leaves([tensor if i in wanted else None for i, tensor in enumerate(tensors)])
-        z, mix, *rest = (tensor if leaf is None else leaf for tensor, leaf in zip(tensors, leaves, strict=True))
+        z, mix, *rest = _instead(tensors, leaves)
         ends = len(rows), len(rows) + len(tables)
         with torch.enable_grad(), _without_autocast(z_short.device.type):
             z_hat, _ = reference.reverse_sample(
@@ -178,7 +183,7 @@ def prior_loss_backward(
     """Gradients of [z_long, *rows, *tables, *params] at `wanted`, for backends that do not fuse them with the loss."""
     tensors = [z_long, *rows, *tables, *params]
     leaves = _leaves([tensor if i in wanted else None for i, tensor in enumerate(tensors)])
-    z, *rest = (tensor if leaf is None else leaf for tensor, leaf in zip(tensors, leaves, strict=True))
+    z, *rest = _instead(tensors, leaves)
     ends = len(rows), len(rows) + len(tables)
     with torch.enable_grad(), _without_autocast(z_long.device.type):
         loss, _ = reference.prior_loss(
