@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,10 +63,6 @@ class _Plan:
         found = _batch_norms(module, self.recipe)
         self.batch_norms = None if module in found else found
         self.readers = {prologue: Reader(module, prologue.leaves) for prologue in prologues}
-        self.batch_norms = [
-            weakref.ref(module.get_submodule(place)) if isinstance(place, str) else _Untracked(place).itself
-            for place in lowered.batch_norms
-        ]
 
 
 def _batch_norms(module: nn.Module, recipe: _Recipe) -> list[nn.Module]:

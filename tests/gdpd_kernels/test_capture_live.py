@@ -168,9 +168,15 @@ def test_modules_and_captures_copy_and_pickle() -> None:
     assert captured.parameters_now()[0] is net.a.weight
 
 
-def test_the_cache_lets_go_of_a_module() -> None:
-    net = simple()
-    capture(net, WIDTH)
+class OnlyNorm(nn.BatchNorm1d):
+    def forward(self, z: Tensor, t: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(z)
+
+
+@pytest.mark.parametrize("make", [simple, lambda: OnlyNorm(WIDTH)])
+def test_the_cache_lets_go_of_a_module(make: Callable[[], nn.Module]) -> None:
+    net = make()
+    assert capture(net, WIDTH).batch_norms == [m for m in net.modules() if isinstance(m, nn.BatchNorm1d)]
     gone = weakref.ref(net)
     del net
     gc.collect()
