@@ -22,6 +22,8 @@ _MIN_ROWS = 257
 # "Plus rounding": what two orders of summation may differ by where plain PyTorch happens to be nearly exact.
 _ROUNDING = {"native_bf16": 1e-3}
 _ROUNDING_FLOAT32 = 2e-6
+# A gradient this small beside the largest, in float64, is zero in exact arithmetic.
+_ZERO = 1e-9
 # Rivals are not held to anything but computing the same function.
 _SAME_FUNCTION = 1e-3
 
@@ -63,7 +65,7 @@ def check(case: Case, how: str, call: cases.Call | None = None) -> Verdict:
         limits = [2 * error + _ROUNDING.get(how, _ROUNDING_FLOAT32) for error in plain]
     shares = [error / limit if error == error else float("inf") for error, limit in zip(errors, limits, strict=True)]
     worst = max(range(len(shares)), key=shares.__getitem__)
-    text = f"{_label(worst)}: error {errors[worst]:.1e}, allowed {limits[worst]:.1e}"
+    text = f"{_label(case, worst)}: error {errors[worst]:.1e}, allowed {limits[worst]:.1e}"
     return Verdict(shares[worst] <= 1, text)
 
 
@@ -73,24 +75,25 @@ def reduced(case: Case) -> Case:
     return case if case.batch <= rows else case.with_rows(rows)
 
 
-def _label(index: int) -> str:
-    names = ("z_hat", "gradient of z_short", "gradient of alpha")
-    return names[index] if index < len(names) else f"gradient of parameter {index - len(names)}"
+def _label(case: Case, index: int) -> str:
+    parameters = [name for name, _ in cases.denoiser(case).named_parameters()]
+    return ["z_hat", *(f"gradient of {name}" for name in ("z_short", "alpha", *parameters))][index]
 
 
 def _errors(found: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
-    """Root mean square error of each tensor, relative to the tensor, or to a hundredth of the largest gradient.
+    """Root mean square error of each tensor: relative to its size and a hundredth of the largest gradient's.
 
-    Some gradients are zero but for rounding (a bias ahead of BatchNorm): alone they would have no scale.
+    Some gradients are zero but for rounding (a bias ahead of BatchNorm), and how much rounding is left of them is a
+    matter of luck, not of accuracy: theirs is relative to the largest gradient.
     """
+    if [x.shape for x in found] != [y.shape for y in exact]:
+        raise ValueError(
+            f"results are {[list(x.shape) for x in found]}, the reference's {[list(y.shape) for y in exact]}"
+        )
     sizes = [_rms(tensor) for tensor in exact]
-    floor = 1e-2 * max(sizes[1:], default=0.0)
-    if len(found) != len(exact):
-        raise ValueError(f"{len(found)} results where the reference has {len(exact)}")
-    return [
-        _rms(x.double() - y) / (size + (floor if index else 0.0))
-        for index, (x, y, size) in enumerate(zip(found, exact, sizes, strict=True))
-    ]
+    largest = max(sizes[1:], default=0.0)
+    scales = [sizes[0], *(size + 1e-2 * largest if size > _ZERO * largest else largest for size in sizes[1:])]
+    return [_rms(x.double() - y) / (scale or 1.0) for x, y, scale in zip(found, exact, scales, strict=True)]
 
 
 def _rms(tensor: Tensor) -> float:

@@ -126,8 +126,8 @@ def _loop_rate(loop: Callable[[int], float], threads: int, seconds: float) -> fl
 
 
 def _copy_rate(seconds: float) -> float:
-    source = torch.zeros(32 * 2**20)
-    target = torch.empty_like(source)
+    source = torch.ones(32 * 2**20)
+    target = source.clone()  # touched: the first write of a page is the system's time
     return 2 * source.nbytes / _best(lambda: target.copy_(source), seconds)
 
 

@@ -248,7 +248,7 @@ def contender(how: str, module: Denoiser, steps: int) -> tuple[Sampler, nn.Modul
     if how == "release":
         if not isinstance(module, PaperDenoiser):
             raise ValueError(f"how is 'release', which is about the paper's network, not {type(module).__name__}")
-        maps = ReleaseDenoiser(module.out.in_features).load(module).train(module.training)
+        maps = ReleaseDenoiser(module.out.in_features).to(module.out.weight).load(module).train(module.training)
         maps.requires_grad_(module.out.weight.requires_grad)
         scheduler = ReleaseScheduler()
         return lambda z, noise, alpha: release_sample(maps, z, noise, alpha, scheduler, steps), maps

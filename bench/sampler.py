@@ -64,7 +64,14 @@ class SampleCompiled(_Sampler):
 class SampleMemory(_Sampler):
     """Peak memory of the whole process, PyTorch itself included; `bench.compare` shows what the call adds."""
 
-    params = (("mlp",), ("frozen", "trainable"), ("native", "reference", "eager"), (64, 1024, 4096), (100, 512), (5, 50))
+    params = (
+        ("mlp",),
+        ("frozen", "trainable"),
+        ("native", "reference", "eager"),
+        (64, 1024, 4096),
+        (100, 512),
+        (5, 50),
+    )
 
     def peakmem_sample(self, *_: object) -> None:
         self.call()
