@@ -45,10 +45,13 @@
                                    value.norm(i), g, dx, add, vector_sum(group, op.param[0]),
                                    vector_sum(group, op.param[1]));
           break;
-        case Kind::Add:
-          if (flow.need[op.in[1]]) copy_or_add(g, gradient[op.in[1]], n, flow.add[i][1]);
-          if (dx) copy_or_add(g, dx, n, add);
+        case Kind::Add: {
+          // The first operand's gradient may take the place of g, so it comes last; of x + x both are the same.
+          const bool same = op.in[0] == op.in[1];
+          if (flow.need[op.in[1]]) copy_or_add(g, gradient[op.in[1]], n, flow.add[i][same ? 0 : 1]);
+          if (dx) copy_or_add(g, dx, n, same || add);
           break;
+        }
         case Kind::Mul:
           multiply_back(g, value[op.in[1]], dx, n, add);
           if (flow.need[op.in[1]]) multiply_back(g, x, gradient[op.in[1]], n, flow.add[i][1]);

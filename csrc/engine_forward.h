@@ -22,7 +22,7 @@
         case Kind::LayerNorm:
         case Kind::RmsNorm:
           RowNorm<T, NV>::forward(x, op.width, op.kind == Kind::LayerNorm, T(op.attr[0]), param(op.param[0]),
-                                  param(op.param[1]), y, value.norm(i));
+                                  param(op.param[1]), valid(tile), y, value.norm(i));
           break;
         case Kind::Add: {
           const T* b = value[op.in[1]];

@@ -33,7 +33,7 @@ struct Activation {
       case Kind::Relu:
         return each(n, [=](long i) {
           const V<T> a = load(x + i);
-          store(y + i, V<T>(a > T(0) ? a : V<T>{}));
+          store(y + i, V<T>(a <= T(0) ? V<T>{} : a));  // NaN stays NaN
         });
       case Kind::LeakyRelu: {
         const T s = slope;
@@ -70,7 +70,7 @@ struct Activation {
   GK_INLINE V<T> derivative(V<T> x, V<T> y, V<T> g) const {
     switch (kind) {
       case Kind::Relu:
-        return y > T(0) ? g : V<T>{};
+        return y <= T(0) ? V<T>{} : g;
       case Kind::LeakyRelu:
         return x > T(0) ? g : g * slope;
       case Kind::Silu: {
@@ -133,7 +133,9 @@ template <class T, int NV>
 struct RowNorm {
   static constexpr int L = kLanes<T>, R = NV * L;
 
-  static void forward(const T* x, int width, bool centred, T eps, const T* weight, const T* bias, T* y, T* keep) {
+  // Rows from `valid` on are padding: whatever they hold, nothing infinite may come of it.
+  static void forward(const T* x, int width, bool centred, T eps, const T* weight, const T* bias, int valid, T* y,
+                      T* keep) {
     for (int v = 0; v < NV; ++v) {
       V<T> mean{}, square{};
       if (centred) {
@@ -144,7 +146,8 @@ struct RowNorm {
         const V<T> d = load(x + c * R + v * L) - mean;
         square += d * d;
       }
-      const V<T> inverse = T(1) / vsqrt<T>(square / T(width) + eps);
+      V<T> inverse = T(1) / vsqrt<T>(square / T(width) + eps);
+      for (int i = valid > v * L ? valid - v * L : 0; i < L; ++i) inverse[i] = T(0);
       store(keep + v * L, mean);
       store(keep + R + v * L, inverse);
       for (int c = 0; c < width; ++c) {
