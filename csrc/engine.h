@@ -86,7 +86,7 @@ struct Engine {
     const bool runs_forward = !backward || !saves_values();
     for (int p = 0; p < n_params; ++p) {
       const Param& param = plan.params[p];
-      T* forward_copy = param.matrix && runs_forward ? cursor.template take<T>(param.size() + param.rows) : nullptr;
+      T* forward_copy = param.matrix && runs_forward ? cursor.template take<T>(param.size() + param.rows + L) : nullptr;
       T* backward_copy = param.matrix && backward && call.bf16 ? cursor.template take<T>(param.size() + param.cols) : nullptr;
       if (!base) continue;
       packed[p] = forward_copy;
@@ -123,6 +123,7 @@ struct Engine {
     group_size = GK_ROUND_UP(size, 16L);
     groups = cursor.template take<T>(group_size * t.groups);
     loss = cursor.template take<double>(call.prior ? t.tiles : 0);
+    cursor.template take<T>(L * R);  // whole blocks of features are read past the last value of the last section
     return cursor.at;
   }
 

@@ -92,7 +92,7 @@
     T *dweight = vector_sum(group, op.param[0]), *dbias = vector_sum(group, op.param[1]);
     const T* var = param(op.param[3]);
     for (int c = 0; c < op.width; ++c) {
-      const T inverse = T(1) / T(__builtin_sqrt(double(var[c]) + op.attr[0]));
+      const V<T> inverse = T(1) / vsqrt<T>(splat<T>(var[c] + T(op.attr[0])));
       for (int v = 0; v < NV; ++v) {
         const long i = long(c) * R + v * L;
         const V<T> gradient = load(g + i);
@@ -117,17 +117,22 @@
     barrier.wait(l.threads);
     T *dweight = l.thread == 0 ? vector_sum(0, op.param[0]) : nullptr;
     T *dbias = l.thread == 0 ? vector_sum(0, op.param[1]) : nullptr;
-    for (int c = 0; c < op.width; ++c) {
-      T sum = T(0), dot = T(0);
+    const T eps = T(op.attr[0]), share = T(1.0 / double(rows));
+    for (int c = 0; c < op.width; c += L) {
+      V<T> sum{}, dot{}, var{};
       for (long tile = 0; tile < t.tiles; ++tile) {
-        sum += partial_of(l, tile)[c];
-        dot += partial_of(l, tile)[padded + c];
+        sum += load(partial_of(l, tile) + c);
+        dot += load(partial_of(l, tile) + padded + c);
       }
-      const T inverse = T(1) / T(__builtin_sqrt(double(stats[op.width + c]) + op.attr[0]));
-      if (dbias) dbias[c * L] += sum;
-      if (dweight) dweight[c * L] += dot * inverse;
-      l.offset[c] = -l.scale[c] * sum / T(rows);
-      l.slope[c] = -l.scale[c] * (inverse * inverse) * dot / T(rows);
+      const int n = op.width - c < L ? op.width - c : L;
+      for (int j = 0; j < n; ++j) var[j] = stats[op.width + c + j];
+      const V<T> inverse = T(1) / vsqrt<T>(var + eps), scale = load(l.scale + c);
+      for (int j = 0; j < n; ++j) {
+        if (dbias) dbias[(c + j) * L] += sum[j];
+        if (dweight) dweight[(c + j) * L] += dot[j] * inverse[j];
+      }
+      store(l.offset + c, V<T>(-scale * sum * share));
+      store(l.slope + c, V<T>(-scale * (inverse * inverse) * dot * share));
     }
     l.parity ^= 1;
     if (!call.flow->need[op.in[0]]) return;

@@ -58,9 +58,16 @@
   // The mean, and scale = weight / sqrt(var + eps), per feature.
   void batch_norm_coefficients(const Op& op, const T* mean, const T* var, T* mean_out, T* scale_out) const {
     const T* weight = param(op.param[0]);
-    for (int c = 0; c < op.width; ++c) {
+    const T eps = T(op.attr[0]);
+    int c = 0;
+    for (; c + L <= op.width; c += L) {
+      store(mean_out + c, load(mean + c));
+      store(scale_out + c, V<T>((weight ? load(weight + c) : splat<T>(1)) / vsqrt<T>(load(var + c) + eps)));
+    }
+    for (; c < op.width; ++c) {
+      const V<T> root = vsqrt<T>(splat<T>(var[c] + eps));
       mean_out[c] = mean[c];
-      scale_out[c] = (weight ? weight[c] : T(1)) / T(__builtin_sqrt(double(var[c]) + op.attr[0]));
+      scale_out[c] = (weight ? weight[c] : T(1)) / root[0];
     }
   }
 

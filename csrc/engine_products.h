@@ -108,6 +108,7 @@
   // dW += g x^T over the rows of the tile. Both are turned to [row][width], so that dW has inputs along the lanes.
   void product_backward_weight(const Local& l, const Op& op, const T* x, const T* g, long tile, T* dw) const {
     const Param& w = plan.params[op.param[0]];
+    // Whole blocks of features are turned: tiles have room for them, and padding columns end up in padding of dW.
     const long ld = GK_ROUND_UP(w.cols, L), ldt = padded;
     long depth = valid(tile);
     const T* coef = l.gradient;
@@ -116,22 +117,22 @@
 #ifdef GK_BF16
         depth = (depth + 1) / 2;
         pair_columns(x, w.cols, l.operand);
-        transpose(l.operand, R / 2, w.cols, depth, l.transposed, ldt);
+        transpose_padded(l.operand, R / 2, w.cols, R / 2, l.transposed, ldt);
         pair_columns(g, w.rows, l.operand);
-        transpose(l.operand, R / 2, w.rows, depth, l.gradient, w.rows);
+        transpose_padded(l.operand, R / 2, w.rows, R / 2, l.gradient, ldt);
         accumulate_weight<LowProduct>(coef, w, depth, l.transposed, ldt, dw, ld);
 #else
         round_bf16(x, long(w.cols) * R, l.operand);
-        transpose(l.operand, R, w.cols, depth, l.transposed, ldt);
+        transpose_padded(l.operand, R, w.cols, R, l.transposed, ldt);
         round_bf16(g, long(w.rows) * R, l.operand);
-        transpose(l.operand, R, w.rows, depth, l.gradient, w.rows);
+        transpose_padded(l.operand, R, w.rows, R, l.gradient, ldt);
         accumulate_weight<Product>(coef, w, depth, l.transposed, ldt, dw, ld);
 #endif
         return;
       }
     }
-    transpose(x, R, w.cols, depth, l.transposed, ldt);
-    transpose(g, R, w.rows, depth, l.gradient, w.rows);
+    transpose_padded(x, R, w.cols, R, l.transposed, ldt);
+    transpose_padded(g, R, w.rows, R, l.gradient, ldt);
     accumulate_weight<Product>(coef, w, depth, l.transposed, ldt, dw, ld);
   }
 
@@ -139,11 +140,11 @@
   static void accumulate_weight(const T* coef, const Param& w, long depth, const T* x, long ldx, T* dw, long ld) {
     long c = 0;
     for (; c + 4 * L <= ld; c += 4 * L)
-      Gemm<T, P, 4>::run(coef, w.rows, false, w.rows, depth, x + c, ldx, dw + c, ld, kAdd, nullptr);
+      Gemm<T, P, 4>::run(coef, ldx, false, w.rows, depth, x + c, ldx, dw + c, ld, kAdd, nullptr);
     for (; c + 2 * L <= ld; c += 2 * L)
-      Gemm<T, P, 2>::run(coef, w.rows, false, w.rows, depth, x + c, ldx, dw + c, ld, kAdd, nullptr);
+      Gemm<T, P, 2>::run(coef, ldx, false, w.rows, depth, x + c, ldx, dw + c, ld, kAdd, nullptr);
     for (; c < ld; c += L)
-      Gemm<T, P, 1>::run(coef, w.rows, false, w.rows, depth, x + c, ldx, dw + c, ld, kAdd, nullptr);
+      Gemm<T, P, 1>::run(coef, ldx, false, w.rows, depth, x + c, ldx, dw + c, ld, kAdd, nullptr);
   }
 
 #ifdef GK_BF16

@@ -89,14 +89,32 @@ struct Gemm {
 };
 
 // packed[block][l][i] = w[(start + i) * ld + l]: the coefficients of a block in the order in which they are used.
+// Whole vectors are stored in the order of l, each covered by the next where it is longer than a block has rows: the
+// buffer needs one vector of room at its end.
 template <class T, int NV>
 void pack_rows(const T* w, long ld, int m, long depth, T* packed) {
+  constexpr int L = kLanes<T>;
   const int blocks = (m + kMaxRows<NV> - 1) / kMaxRows<NV>;
   const int base = m / blocks, longer = m % blocks;
   int start = 0;
   for (int b = 0; b < blocks; ++b) {
     const int rows = base + (b < longer);
-    transpose(w + start * ld, ld, rows, depth, packed + start * depth, rows);
+    T* to = packed + start * depth;
+    if (rows > L) {
+      transpose(w + start * ld, ld, rows, depth, to, rows);
+    } else {
+      long l = 0;
+      for (; l + L <= depth; l += L) {
+        V<T> v[L];
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) v[i] = load(w + (start + (i < rows ? i : rows - 1)) * ld + l);
+        transpose_registers<T>(v);
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) store(to + (l + i) * rows, v[i]);
+      }
+      for (; l < depth; ++l)
+        for (int i = 0; i < rows; ++i) to[l * rows + i] = w[(start + i) * ld + l];
+    }
     start += rows;
   }
 }

@@ -336,7 +336,9 @@ long saved_numel(const Plan& plan, const Layout& layout, int vector_bytes, int e
                  int save) {
   if (save == kSaveNothing) return 0;
   const Tiling t = tiling(vector_bytes, element_bytes, rows, plan.widest);
-  return steps * t.tiles * t.rows * (keeps_values(save) ? layout.rows[kKept] : plan.features);
+  // Room at the end: values are read in whole blocks of features.
+  const long room = long(vector_bytes / element_bytes) * t.rows;
+  return steps * t.tiles * t.rows * (keeps_values(save) ? layout.rows[kKept] : plan.features) + room;
 }
 
 }  // namespace gk

@@ -70,14 +70,29 @@ GK_INLINE void interleave_round(V<T>* v, std::integer_sequence<int, I...>) {
 }
 
 template <class T>
+GK_INLINE void transpose_registers(V<T>* v) {
+  for (int width = kLanes<T>; width > 1; width /= 2)
+    interleave_round<T>(v, std::make_integer_sequence<int, kLanes<T>>{});
+}
+
+template <class T>
 GK_INLINE void transpose_block(const T* src, long ld_src, T* dst, long ld_dst) {
   constexpr int L = kLanes<T>;
   V<T> v[L];
 #pragma GCC unroll 16
   for (int i = 0; i < L; ++i) v[i] = load(src + i * ld_src);
-  for (int width = L; width > 1; width /= 2) interleave_round<T>(v, std::make_integer_sequence<int, L>{});
+  transpose_registers<T>(v);
 #pragma GCC unroll 16
   for (int i = 0; i < L; ++i) store(dst + i * ld_dst, v[i]);
+}
+
+// The same in whole blocks: src is read up to whole blocks of rows and columns, dst written likewise. For buffers that
+// have the room; what lands beyond rows and cols is not to be used.
+template <class T>
+void transpose_padded(const T* src, long ld_src, long rows, long cols, T* dst, long ld_dst) {
+  constexpr int L = kLanes<T>;
+  for (long r = 0; r < rows; r += L)
+    for (long c = 0; c < cols; c += L) transpose_block(src + r * ld_src + c, ld_src, dst + c * ld_dst + r, ld_dst);
 }
 
 template <class T>

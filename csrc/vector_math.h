@@ -1,6 +1,24 @@
 // Elementary functions on vectors. float: own minimax fits, a few units in the last place; double: the C library,
 // lane by lane, since double exists for checking gradients and not for speed.
 
+// Written out for x86: compilers do not turn the loop over lanes into one instruction.
+template <class T>
+GK_INLINE V<T> vsqrt(V<T> x) {
+#if defined(GK_X86) && GK_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) return V<T>(_mm512_sqrt_ps(__m512(x)));
+  if constexpr (sizeof(T) == 8) return V<T>(_mm512_sqrt_pd(__m512d(x)));
+#elif defined(GK_X86) && GK_VECTOR_BYTES == 32
+  if constexpr (sizeof(T) == 4) return V<T>(_mm256_sqrt_ps(__m256(x)));
+  if constexpr (sizeof(T) == 8) return V<T>(_mm256_sqrt_pd(__m256d(x)));
+#elif defined(GK_X86)
+  if constexpr (sizeof(T) == 4) return V<T>(_mm_sqrt_ps(__m128(x)));
+  if constexpr (sizeof(T) == 8) return V<T>(_mm_sqrt_pd(__m128d(x)));
+#else
+  for (int i = 0; i < kLanes<T>; ++i) x[i] = sizeof(T) == 4 ? T(__builtin_sqrtf(float(x[i]))) : T(__builtin_sqrt(x[i]));
+  return x;
+#endif
+}
+
 GK_INLINE V<float> round_to_even(V<float> x) {
   const V<float> magic = splat<float>(12582912.0f);  // 1.5 · 2^23: |x| < 2^22
   return (x + magic) - magic;
@@ -121,8 +139,3 @@ GK_INLINE void vcossin_turns(V<double> u, V<double>& cosine, V<double>& sine) {
   sine = lanewise<::sin>(u * 6.28318530717958647693);
 }
 
-template <class T>
-GK_INLINE V<T> vsqrt(V<T> x) {
-  for (int i = 0; i < kLanes<T>; ++i) x[i] = T(__builtin_sqrt(x[i]));
-  return x;
-}
