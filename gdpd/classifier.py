@@ -47,7 +47,7 @@ class PrefixClassifier(ClassifierMixin, BaseEstimator):
     Args:
         method: "base" (no teacher), "kd" or "gdpd".
         earliness: share of the series that predictions may use, in (0, 1].
-        prefix_mode: "stretch" the prefix back to full length by linear interpolation, or read it "raw".
+        prefix_mode: read the prefix "raw", or "stretch" it back to full length by linear interpolation.
         normalisation: "none", "prefix" (each prefix by its own mean and deviation) or "train" (by those of the
             training series).
         resample_to: series longer than this many time points are resampled to it; None leaves them.
@@ -87,7 +87,7 @@ class PrefixClassifier(ClassifierMixin, BaseEstimator):
         method: str = "gdpd",
         earliness: float = 0.5,
         *,
-        prefix_mode: str = "stretch",
+        prefix_mode: str = "raw",
         normalisation: str = "none",
         resample_to: int | None = 100,
         missing: str = "error",

@@ -45,8 +45,8 @@ class RunConfig:
         group="data",
     )
     prefix_mode: str = option(
-        "stretch",
-        "Read the prefix as it is, or stretched back to full length by linear interpolation.",
+        "raw",
+        "Read the prefix as it is, or stretched back to full length by linear interpolation (as in the release).",
         group="data",
         choices=("raw", "stretch"),
     )
