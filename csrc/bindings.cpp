@@ -232,9 +232,15 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init<const std::vector<int64_t>&, const std::vector<double>&, const std::string&>())
       .def_property_readonly("instruction_set", [](const Program& p) { return p.kernels->name; })
       .def_property_readonly("stats_width", [](const Program& p) { return p.plan.stats_width; })
-      .def("saved_numel",
-           [](const Program& p, bool f64, long rows, long steps, int save) {
-             return gk::saved_numel(p.plan, p.layout(save), p.kernels->vector_bytes, f64 ? 8 : 4, rows, steps, save);
+      // Numbers kept for backward: per step and row of whole tiles, rows of the largest tile, and room at the end, since
+      // values are read in whole blocks of features.
+      .def("saved_shape",
+           [](const Program& p, bool f64, int save) {
+             const int element = f64 ? 8 : 4, tile = gk::largest_tile(p.kernels->vector_bytes, element);
+             const int kept = save == gk::kSaveNothing         ? 0
+                              : gk::keeps_values(save) ? p.layout(save).rows[gk::kKept]
+                                                       : p.plan.features;
+             return std::make_tuple(kept, tile, save == gk::kSaveNothing ? 0 : tile * p.kernels->vector_bytes / element);
            })
       .def("tile_rows", [](const Program& p, bool f64, long rows) {
         return gk::tiling(p.kernels->vector_bytes, f64 ? 8 : 4, rows, p.plan.widest).rows;

@@ -27,18 +27,11 @@ __attribute__((noinline)) void gemm_kernel(const T* coef, long sl, long depth, c
                                            int init, const T* bias) {
   constexpr int L = kLanes<T>;
   V<T> acc[MR][NV];
-  if (init == kAdd) {
 #pragma GCC unroll 32
-    for (int i = 0; i < MR; ++i)
+  for (int i = 0; i < MR; ++i) {
+    const V<T> start = init == kBias ? splat<T>(bias[i]) : V<T>{};
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[i][v] = load(y + i * ldy + v * L);
-  } else {
-#pragma GCC unroll 32
-    for (int i = 0; i < MR; ++i) {
-      const V<T> start = init == kBias ? splat<T>(bias[i]) : V<T>{};
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[i][v] = start;
-    }
+    for (int v = 0; v < NV; ++v) acc[i][v] = start;
   }
   for (long l = 0; l < depth; ++l) {
     V<T> xv[NV];
@@ -50,6 +43,13 @@ __attribute__((noinline)) void gemm_kernel(const T* coef, long sl, long depth, c
       for (int v = 0; v < NV; ++v) acc[i][v] = Product::multiply_add(acc[i][v], xv[v], coef[i]);
     coef += sl;
     x += ldx;
+  }
+  // What is there already joins at the end: many small terms added to a large one would each be rounded against it.
+  if (init == kAdd) {
+#pragma GCC unroll 32
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[i][v] += load(y + i * ldy + v * L);
   }
 #pragma GCC unroll 32
   for (int i = 0; i < MR; ++i)

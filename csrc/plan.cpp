@@ -332,13 +332,6 @@ Tiling tiling(int vector_bytes, int element_bytes, long rows, int widest) {
   return t;
 }
 
-long saved_numel(const Plan& plan, const Layout& layout, int vector_bytes, int element_bytes, long rows, long steps,
-                 int save) {
-  if (save == kSaveNothing) return 0;
-  const Tiling t = tiling(vector_bytes, element_bytes, rows, plan.widest);
-  // Room at the end: values are read in whole blocks of features.
-  const long room = long(vector_bytes / element_bytes) * t.rows;
-  return steps * t.tiles * t.rows * (keeps_values(save) ? layout.rows[kKept] : plan.features) + room;
-}
+int largest_tile(int vector_bytes, int element_bytes) { return 4 * vector_bytes / element_bytes; }
 
 }  // namespace gk

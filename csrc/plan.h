@@ -168,9 +168,9 @@ void release_workspace(void* memory);
 
 Tiling tiling(int vector_bytes, int element_bytes, long rows, int widest);
 
-// Numbers of type T that forward keeps for backward.
-long saved_numel(const Plan& plan, const Layout& layout, int vector_bytes, int element_bytes, long rows, long steps,
-                 int save);
+// Rows of the largest tile. What is saved has room for whole tiles of that size, so that its size is a simple function
+// of the number of rows.
+int largest_tile(int vector_bytes, int element_bytes);
 
 const Kernels* kernels_baseline();
 const Kernels* kernels_avx2();

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gdpd_kernels import ops
-from gdpd_kernels.backends import BackendError, BackendFallback, Request, load, reference, resolve
+from gdpd_kernels.backends import BackendError, BackendFallback, Request, load, reference, resolve, saved_numel
 from gdpd_kernels.capture import CapturedDenoiser, CaptureError, capture
 from gdpd_kernels.philox import philox_normal, philox_words
 from gdpd_kernels.program import DenoiserProgram
@@ -91,7 +91,7 @@ def reverse_sample(
     else:
         program = captured.program
         _check_fit(program, z_short, cond, samples * batch)
-        chosen = resolve(backend, Request(program, z_short.device.type, z_short.dtype, compute))
+        chosen = _choose(backend, program.text, z_short.device.type, z_short.dtype, compute)
         rows = captured.rows(cond)
         tables = captured.tables(_timesteps(table.timesteps, z_short.device))
         params = captured.parameters_now()
@@ -180,7 +180,7 @@ def prior_loss(
         return _loss_module(denoiser, z_long, timesteps, noise, key, signal, sigma, cond, prediction, compute)
     program = captured.program
     _check_fit(program, z_long, cond, batch)
-    chosen = resolve(backend, Request(program, z_long.device.type, z_long.dtype, compute))
+    chosen = _choose(backend, program.text, z_long.device.type, z_long.dtype, compute)
     rows, tables, params = captured.rows(cond), captured.tables(timesteps), captured.parameters_now()
     _check_parameters(program, params, z_long)
     inputs = [z_long, *rows, *tables, *params]
@@ -340,6 +340,17 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+# What depends on the program and the backend alone is a constant to torch.compile.
+@torch.compiler.assume_constant_result
+def _choose(backend: str, program: str, device: str, dtype: torch.dtype, compute: torch.dtype) -> str:
+    return resolve(backend, Request(DenoiserProgram.parse(program), device, dtype, compute))
+
+
+@torch.compiler.assume_constant_result
+def _saved_shape(backend: str, program: str, dtype: torch.dtype, save: int) -> tuple[int, int, int]:
+    return load(backend).saved_shape(DenoiserProgram.parse(program), dtype, save)
+
+
 def _save_mode(
     backend: str,
     program: DenoiserProgram,
@@ -354,7 +365,8 @@ def _save_mode(
     if not torch.is_grad_enabled() or not (trainable or any(x is not None and x.requires_grad for x in inputs)):
         return ops.SAVE_NOTHING
     values = ops.SAVE_VALUES if trainable else ops.SAVE_VALUES_FOR_INPUTS
-    size = load(backend).saved_numel(program, steps, rows, dtype, values) * dtype.itemsize
+    shape = _saved_shape(backend, program.text, dtype, values)
+    size = saved_numel(shape, steps, rows) * dtype.itemsize
     return values if size <= SAVED_VALUES_LIMIT else ops.SAVE_STATES
 
 
@@ -388,9 +400,9 @@ def _update_running_stats(batch_norms: Sequence[nn.Module], stats: Tensor, rows:
     steps = stats.shape[0]
     empty = stats.new_empty(0)  # stands for a BatchNorm that keeps no running statistics
     buffers = [bn._buffers for bn in batch_norms]
-    means = [empty if (mean := kept["running_mean"]) is None else mean for kept in buffers]
-    variances = [empty if (var := kept["running_var"]) is None else var for kept in buffers]
-    counters = [counter for kept in buffers if (counter := kept["num_batches_tracked"]) is not None]
+    means = [empty if kept["running_mean"] is None else kept["running_mean"] for kept in buffers]
+    variances = [empty if kept["running_var"] is None else kept["running_var"] for kept in buffers]
+    counters = [kept["num_batches_tracked"] for kept in buffers if kept["num_batches_tracked"] is not None]
     if not counters:
         return
     momenta: list[Any] = [bn.momentum for bn in batch_norms] * steps

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdpd_kernels.backends import load, reference, reference_backend
+from gdpd_kernels.backends import load, reference, reference_backend, saved_numel
 from gdpd_kernels.backends.reference_backend import steps_of
 from gdpd_kernels.program import DenoiserProgram
 
@@ -150,7 +150,7 @@ def _(
     save: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     parsed, steps, total = _parse(program), len(coefficients) // 3, num_samples * z_short.shape[0]
-    numel = load(backend).saved_numel(parsed, steps, total, z_short.dtype, save)
+    numel = saved_numel(load(backend).saved_shape(parsed, z_short.dtype, save), steps, total)
     return (
         z_short.new_empty(total, z_short.shape[1]),
         z_short.new_empty(steps, parsed.stats_width),

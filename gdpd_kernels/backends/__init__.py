@@ -70,8 +70,9 @@ class Backend(Protocol):
     def unusable(self) -> list[str]:
         """Why the backend cannot be used in this process at all."""
 
-    def saved_numel(self, program: DenoiserProgram, steps: int, rows: int, dtype: torch.dtype, save: int) -> int:
-        """Numbers, in the state's dtype, that forward keeps for backward."""
+    def saved_shape(self, program: DenoiserProgram, dtype: torch.dtype, save: int) -> tuple[int, int, int]:
+        """What forward keeps for backward: numbers per step and row, the multiple that rows are rounded up to, and how
+        many more at the end."""
 
     def reverse_sample(
         self,
@@ -209,6 +210,12 @@ def resolve(name: str, request: Request) -> str:
 @cache
 def _warn_once(message: str) -> None:
     warnings.warn(message, BackendFallback, stacklevel=4)
+
+
+def saved_numel(shape: tuple[int, int, int], steps: int, rows: int) -> int:
+    """Numbers that forward keeps for backward, from `Backend.saved_shape`; `rows` may be symbolic."""
+    per_row, multiple, more = shape
+    return steps * per_row * ((rows + multiple - 1) // multiple * multiple) + more
 
 
 def backends() -> list[dict[str, object]]:

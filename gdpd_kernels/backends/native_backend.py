@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdpd_kernels.backends import Capabilities
+from gdpd_kernels.backends import Capabilities, saved_numel
 from gdpd_kernels.program import KINDS, DenoiserProgram
 
 # The order is that of `enum class Kind` in csrc/plan.h.
@@ -174,8 +174,9 @@ class NativeBackend:
     def _plan(self, program: DenoiserProgram) -> Any:
         return _program(program, instruction_set())
 
-    def saved_numel(self, program: DenoiserProgram, steps: int, rows: int, dtype: torch.dtype, save: int) -> int:
-        return self._plan(program).saved_numel(dtype == torch.float64, rows, steps, save)
+    def saved_shape(self, program: DenoiserProgram, dtype: torch.dtype, save: int) -> tuple[int, int, int]:
+        shape: tuple[int, int, int] = self._plan(program).saved_shape(dtype == torch.float64, save)
+        return shape
 
     def reverse_sample(
         self,
@@ -199,7 +200,7 @@ class NativeBackend:
         rows, tables, params = _dense_list(rows), _dense_list(tables), _dense_list(params)
         z_hat = z_short.new_empty(total, features)
         stats = z_short.new_empty(steps, program.stats_width)
-        saved = z_short.new_empty(plan.saved_numel(f64, total, steps, save))
+        saved = z_short.new_empty(saved_numel(plan.saved_shape(f64, save), steps, total))
         _load().forward(  # type: ignore[union-attr]
             plan,
             f64,

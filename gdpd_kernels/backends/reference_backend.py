@@ -48,8 +48,8 @@ class ReferenceBackend:
     def unusable(self) -> list[str]:
         return []
 
-    def saved_numel(self, program: DenoiserProgram, steps: int, rows: int, dtype: torch.dtype, save: int) -> int:
-        return 0
+    def saved_shape(self, program: DenoiserProgram, dtype: torch.dtype, save: int) -> tuple[int, int, int]:
+        return 0, 1, 0
 
     def reverse_sample(
         self,
