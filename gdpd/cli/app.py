@@ -53,12 +53,17 @@ def distill(
             show_default="runs/DATASET-eEARLINESS-METHOD-sSEED",
         ),
     ] = None,
-    resume: Annotated[bool, typer.Option(help="Go on with the run in the folder from its last checkpoint.")] = False,
+    resume: Annotated[
+        bool, typer.Option(help="Go on with the run in the folder, with its options, from its last checkpoint.")
+    ] = False,
     report: Annotated[bool, typer.Option(help="Write report.html into the folder at the end.")] = True,
     quiet: Annotated[bool, typer.Option(help="Show no progress bars.")] = False,
     **given: Any,
 ) -> None:
     """Train a teacher and distil one student; everything goes into one folder."""
+    written = folder / "config.json" if resume and config is None and folder is not None else None
+    if written is not None and written.is_file():
+        config = written  # JSON is YAML; a run that is resumed by its folder need not be told its options again
     options = run_config(config, given)
     from gdpd.experiments import read_run, run_name, summarise
     from gdpd.training import run
@@ -81,7 +86,7 @@ def evaluate(
         Path | None,
         typer.Option(help="Folder of UCR/UEA dataset folders, if not that of the run.", show_default="the run's"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of lines.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")] = False,
 ) -> None:
     """Score the student of a finished run on its test series again, from its weights."""
     from gdpd.training import evaluate as score
@@ -90,11 +95,11 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps(metrics, indent=2))
         return
-    for name, value in metrics.items():
-        if isinstance(value, float):
-            typer.echo(f"{name:20} {value:.4f}")
-        elif isinstance(value, (int, str)):
-            typer.echo(f"{name:20} {value}")
+    teacher = metrics.get("teacher", {})
+    typer.echo(f"{'score':20} {'student':>10} {'teacher':>10}")
+    for name in (name for name, value in metrics.items() if isinstance(value, float)):
+        told = [f"{values[name]:10.4f}" if name in values else f"{'':10}" for values in (metrics, teacher)]
+        typer.echo(f"{name:20} {told[0]} {told[1]}".rstrip())
 
 
 @app.command()

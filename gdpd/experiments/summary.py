@@ -155,7 +155,7 @@ def table(rows: Sequence[Row], title: str = "") -> Table:
 
     made = Table(title=title or None, title_justify="left", header_style="bold", box=box.SIMPLE, pad_edge=False)
     made.caption_justify = "left"
-    made.caption = f"Mean ± standard deviation over {_seeds(rows)}. Fidelity: same class as the teacher."
+    made.caption = f"{_seeds(rows)} Fidelity: same class as the teacher."
     made.add_column("data set", no_wrap=True)
     made.add_column("method", no_wrap=True)
     for name in ("AUC-PRC %", "accuracy %", "fidelity %", "seconds"):
@@ -185,4 +185,6 @@ def table(rows: Sequence[Row], title: str = "") -> Table:
 def _seeds(rows: Sequence[Row]) -> str:
     counts = {len(row.seeds) for row in rows}
     most, least = max(counts), min(counts)
-    return f"{most} seed{'s' if most > 1 else ''}" if most == least else f"{least} to {most} seeds"
+    if most == 1:
+        return "One seed."
+    return f"Mean ± standard deviation over {most if most == least else f'{least} to {most}'} seeds."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,7 @@ def runs_seen(monkeypatch):
     def run(config, folder, *, resume=False, progress=None):
         seen.append({"config": config, "folder": folder, "resume": resume, "progress": progress})
         made = make_run(folder.parent / "made", **config.to_dict())
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
         made.rename(folder)
         return {}
 
@@ -107,6 +108,14 @@ def test_options_win_over_the_yaml_file_and_the_file_over_defaults(runs_seen, tm
 def test_resume_reaches_the_run(runs_seen, tmp_path):
     assert main(["distill", "--resume", "--no-report", "--folder", str(tmp_path / "r")]) == 0
     assert runs_seen[0]["resume"] is True
+
+
+def test_a_run_resumed_by_its_folder_keeps_its_options(runs_seen, tmp_path):
+    folder = tmp_path / "r"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(RunConfig(dataset="Wafer", epochs=9).to_dict()))
+    assert main(["distill", "--resume", "--no-report", "--quiet", "--folder", str(folder)]) == 0
+    assert runs_seen[0]["config"] == RunConfig(dataset="Wafer", epochs=9)
 
 
 def test_an_unknown_key_in_yaml_names_the_nearest(tmp_path, capsys):
@@ -199,6 +208,27 @@ def test_warnings_are_one_line_each(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gdpd.data, "list_datasets", listing)
     assert main(["datasets"]) == 0
     assert line_on_stderr(capsys) == "gdpd: warning: two lines"
+
+
+def test_evaluate_shows_student_beside_teacher(monkeypatch, tmp_path, capsys):
+    import gdpd.training
+
+    metrics = {"auc_prc": 71.25, "fidelity": 0.5, "teacher": {"auc_prc": 98.5, "candidate": 0}}
+    asked = []
+    monkeypatch.setattr(gdpd.training, "evaluate", lambda folder, data_dir: asked.append((folder, data_dir)) or metrics)
+    assert main(["evaluate", str(tmp_path), "--data-dir", "elsewhere"]) == 0
+    assert asked == [(tmp_path, "elsewhere")]
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [["score", "student", "teacher"], ["auc_prc", "71.2500", "98.5000"], ["fidelity", "0.5000"]]
+    assert main(["evaluate", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == metrics
+
+
+def test_a_demo_with_failed_runs_exits_with_1(monkeypatch, tmp_path):
+    from gdpd.experiments import demo
+
+    monkeypatch.setattr(demo, "run_demo", lambda *_, **__: False)
+    assert main(["demo", "--folder", str(tmp_path)]) == 1
 
 
 def test_datasets_lists_the_bundled_sets(capsys):
