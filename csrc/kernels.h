@@ -62,13 +62,13 @@ void run_tiled(const Call& call, Pass pass) {
 
 template <class T>
 void run(const Call& call, Pass pass) {
-  switch (tiling(GK_VECTOR_BYTES, sizeof(T), call.samples * call.batch, call.plan->widest).vectors) {
-    case 1:
-      return run_tiled<T, 1>(call, pass);
-    case 2:
-      return run_tiled<T, 2>(call, pass);
-    default:
-      return run_tiled<T, 4>(call, pass);
+  const int vectors = tiling(GK_VECTOR_BYTES, sizeof(T), call.samples * call.batch, call.plan->widest).vectors;
+  if constexpr (sizeof(T) == 8) {
+    run_tiled<T, 2>(call, pass);
+  } else {
+    if (vectors == 1) return run_tiled<T, 1>(call, pass);
+    if (vectors == 2) return run_tiled<T, 2>(call, pass);
+    run_tiled<T, 4>(call, pass);
   }
 }
 

@@ -324,6 +324,8 @@ Tiling tiling(int vector_bytes, int element_bytes, long rows, int widest) {
   // Wide tiles reuse each weight more; narrow ones keep two cores busy and the widest layer's input in L1.
   int vectors = rows <= lanes ? 1 : rows <= 16L * lanes || long(widest) * 4 * vector_bytes > 32768 ? 2 : 4;
   if (long(widest) * vectors * vector_bytes > 65536 && vectors > 1) vectors = 1;
+  // double is there for checking gradients: one size of tile, a third of the code.
+  if (element_bytes == 8) vectors = 2;
   Tiling t;
   t.vectors = vectors;
   t.rows = vectors * lanes;
