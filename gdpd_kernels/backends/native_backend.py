@@ -128,12 +128,55 @@ def _threads(program: DenoiserProgram, rows: int, steps: int) -> int:
     return max(1, min(torch.get_num_threads(), 1 + work // _MACS_PER_THREAD))
 
 
-def _dense(tensor: Tensor) -> Tensor:
+def _dense(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The tensor, row after row in memory. An address tells a kernel nothing of what lies there: it is checked here."""
+    if tensor.shape != shape or tensor.dtype is not dtype or not tensor.is_cpu:
+        raise ValueError(
+            f"{name} has shape {list(tensor.shape)}, {tensor.dtype} on {tensor.device}; "
+            f"expected {list(shape)}, {dtype} on cpu"
+        )
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
-def _dense_list(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
+def _dense_all(
+    program: DenoiserProgram,
+    rows: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    params: Sequence[Tensor],
+    batch: int,
+    steps: int,
+    dtype: torch.dtype,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    if len(rows) != len(program.rows) or len(tables) != len(program.tables) or len(params) != len(program.params):
+        raise ValueError(
+            f"rows, tables, params: {len(rows)}, {len(tables)} and {len(params)} tensors; the program takes "
+            f"{len(program.rows)}, {len(program.tables)} and {len(program.params)}"
+        )
+    return (
+        [_dense("rows", x, (batch, width), dtype) for x, width in zip(rows, program.rows, strict=True)],
+        [_dense("tables", x, (steps, width), dtype) for x, width in zip(tables, program.tables, strict=True)],
+        [_dense("params", x, shape, dtype) for x, shape in zip(params, program.params, strict=True)],
+    )
+
+
+def _check_alpha(alpha: Tensor | None, batch: int, features: int, dtype: torch.dtype) -> None:
+    if alpha is None or (
+        alpha.dim() == 2
+        and alpha.shape[0] in (1, batch)
+        and alpha.shape[1] in (1, features)
+        and alpha.dtype is dtype
+        and alpha.is_cpu
+    ):
+        return
+    raise ValueError(
+        f"alpha has shape {list(alpha.shape)}, {alpha.dtype} on {alpha.device}; "
+        f"expected what broadcasts to {[batch, features]}, {dtype} on cpu"
+    )
+
+
+def _check_seed(seed: Tensor | None, draws: bool) -> None:
+    if draws and seed is None:
+        raise ValueError("seed: noise must be drawn, but neither noise nor seed is given")
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -195,9 +238,13 @@ class NativeBackend:
     ) -> tuple[Tensor, Tensor, Tensor]:
         batch, features = z_short.shape
         total, steps = num_samples * batch, len(coefficients) // 3
-        plan, f64 = self._plan(program), z_short.dtype == torch.float64
-        z_short, noise = _dense(z_short), None if noise is None else _dense(noise)
-        rows, tables, params = _dense_list(rows), _dense_list(tables), _dense_list(params)
+        plan, dtype = self._plan(program), z_short.dtype
+        f64 = dtype == torch.float64
+        z_short = _dense("z_short", z_short, (batch, program.features), dtype)
+        noise = None if noise is None else _dense("noise", noise, (num_samples, batch, features), dtype)
+        rows, tables, params = _dense_all(program, rows, tables, params, batch, steps, dtype)
+        _check_alpha(alpha, batch, features, dtype)
+        _check_seed(seed, draws=any(coefficients[2::3]) or (alpha is not None and noise is None))
         z_hat = z_short.new_empty(total, features)
         stats = z_short.new_empty(steps, program.stats_width)
         saved = z_short.new_empty(saved_numel(plan.saved_shape(f64, save), steps, total))
@@ -244,12 +291,20 @@ class NativeBackend:
         wanted: Sequence[int],
     ) -> list[Tensor]:
         batch, features = z_short.shape
-        total, steps = num_samples * batch, len(coefficients) // 3
-        grad, z_short, noise = _dense(grad), _dense(z_short), None if noise is None else _dense(noise)
-        rows, tables, params = _dense_list(rows), _dense_list(tables), _dense_list(params)
+        total, steps, dtype = num_samples * batch, len(coefficients) // 3, z_short.dtype
+        plan = self._plan(program)
+        z_short = _dense("z_short", z_short, (batch, program.features), dtype)
+        noise = None if noise is None else _dense("noise", noise, (num_samples, batch, features), dtype)
+        rows, tables, params = _dense_all(program, rows, tables, params, batch, steps, dtype)
+        _check_alpha(alpha, batch, features, dtype)
+        grad = _dense("grad", grad, (total, features), dtype)
+        stats = _dense("stats", stats, (steps, program.stats_width), dtype)
+        kept = saved_numel(plan.saved_shape(dtype == torch.float64, save), steps, total)
+        saved = _dense("saved", saved, (kept,), dtype)
         ends = 2 + len(rows), 2 + len(rows) + len(tables)
         inputs = [z_short, alpha, *rows, *tables, *params]
-        gradients = [torch.empty_like(inputs[i]) for i in wanted]  # type: ignore[arg-type]
+        # Dense whatever the layout of the input, since the kernels write row after row.
+        gradients = [z_short.new_empty(inputs[i].shape) for i in wanted]  # type: ignore[union-attr]
         addresses = [0] * len(inputs)
         summed: dict[int, Tensor] = {}  # gradients that the kernels give per trajectory, and that are summed below
         for at, (i, gradient) in enumerate(zip(wanted, gradients, strict=True)):
@@ -259,8 +314,8 @@ class NativeBackend:
                 )
             addresses[i] = gradient.data_ptr()
         _load().backward(  # type: ignore[union-attr]
-            self._plan(program),
-            z_short.dtype == torch.float64,
+            plan,
+            dtype == torch.float64,
             batch,
             num_samples,
             coefficients,
@@ -303,10 +358,12 @@ class NativeBackend:
         compute_dtype: torch.dtype,
         wanted: Sequence[int],
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        batch = z_long.shape[0]
-        z_long, signal, sigma = _dense(z_long), _dense(signal), _dense(sigma)
-        noise = None if noise is None else _dense(noise)
-        rows, tables, params = _dense_list(rows), _dense_list(tables), _dense_list(params)
+        batch, dtype = z_long.shape[0], z_long.dtype
+        z_long = _dense("z_long", z_long, (batch, program.features), dtype)
+        noise = None if noise is None else _dense("noise", noise, (batch, program.features), dtype)
+        signal, sigma = _dense("signal", signal, (batch,), dtype), _dense("sigma", sigma, (batch,), dtype)
+        rows, tables, params = _dense_all(program, rows, tables, params, batch, batch, dtype)
+        _check_seed(seed, draws=noise is None)
         inputs = [z_long, *rows, *tables, *params]
         stats = z_long.new_empty(1, program.stats_width)
         gradients = [torch.empty_like(inputs[i]) for i in wanted]
@@ -348,11 +405,24 @@ class NativeBackend:
         momenta: Sequence[float],
         rows: int,
     ) -> None:
-        kept = [mean for mean in means if mean.numel()]
-        if len({x.dtype for x in [*kept, *variances] if x.numel()}) > 1 or not all(x.is_contiguous() for x in kept):
-            raise ValueError("running statistics: expected dense tensors of one dtype; move the denoiser with .to(...)")
+        kept = [
+            (x, (width,))
+            for xs in (means, variances)
+            for x, width in zip(xs, widths, strict=True)
+            if x.shape != (0,)  # keeps none
+        ]
+        dtype = kept[0][0].dtype
+        fits = dtype in (torch.float32, torch.float64) and all(
+            x.shape == shape and x.dtype is dtype and x.is_cpu and x.is_contiguous() for x, shape in kept
+        )
+        counts = all(x.shape == () and x.dtype is torch.int64 and x.is_cpu for x in counters)
+        if not (fits and counts):
+            raise ValueError(
+                "running statistics: expected dense tensors of one dtype, float32 or float64, as wide as their "
+                "BatchNorm, and counters int64 [], on cpu; move the denoiser with .to(...)"
+            )
         _load().update_running_stats(  # type: ignore[union-attr]
-            kept[0].dtype == torch.float64,
+            dtype == torch.float64,
             stats.dtype == torch.float64,
             [_address(x) if x.numel() else 0 for x in means],
             [_address(x) if x.numel() else 0 for x in variances],
