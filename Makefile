@@ -7,7 +7,9 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.14 p
 	    $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 \
 	    && { echo $$p; break; }; done)
 PY     := $(VENV)/bin/python
-PIP    := $(PY) -m pip install --disable-pip-version-check --no-input --quiet
+# --no-compile: compiling every module of torch, scipy and numba to bytecode takes longer than unpacking them, and Python
+# does it by itself for the modules that are imported.
+PIP    := $(PY) -m pip install --disable-pip-version-check --no-input --no-compile --quiet
 BUILD  := pyproject.toml $(wildcard setup.py csrc/*.* csrc/*/*.*)
 DEMO   ?= demo
 
