@@ -1,7 +1,7 @@
 """Builds the optional compiled module gdpd_kernels._native; everything else is in pyproject.toml.
 
-GDPD_KERNELS_BUILD=0 leaves the module out, =1 makes a failed build an error. Unset, a machine without a C++ compiler gets
-the pure-Python package, which runs on the reference backend and says so in `python -m gdpd_kernels.info`.
+GDPD_KERNELS_BUILD=0 leaves the module out, =1 makes a failed build an error. Unset, a machine without a C++ compiler
+gets the pure-Python package, which runs on the reference backend and says so in `python -m gdpd_kernels.info`.
 GDPD_KERNELS_SANITIZE=1 builds with the address and undefined-behaviour sanitizers, for the test that wants them.
 """
 
@@ -11,7 +11,7 @@ import sys
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import BaseError
+from setuptools.errors import BaseError, CCompilerError
 
 BUILD = os.environ.get("GDPD_KERNELS_BUILD", "")
 SANITIZE = os.environ.get("GDPD_KERNELS_SANITIZE", "") == "1"
@@ -37,7 +37,7 @@ class BuildNative(build_ext):
     def build_extension(self, ext):
         try:
             self._build(ext)
-        except (BaseError, OSError) as error:
+        except (BaseError, CCompilerError, OSError) as error:  # the second is no subclass of the first
             if BUILD == "1":
                 raise
             print(f"gdpd_kernels: building without the native CPU kernels: {error}", file=sys.stderr)
