@@ -74,7 +74,6 @@ class BuildNative(build_ext):
 
 
 HEADERS = sorted(f"csrc/{name}" for name in os.listdir("csrc") if name.endswith(".h"))
-setup(
-    ext_modules=[] if BUILD == "0" else [Extension("gdpd_kernels._native", SOURCES, depends=HEADERS, language="c++")],
-    cmdclass={"build_ext": BuildNative},
-)
+# Optional: setuptools then does not look for what could not be built.
+NATIVE = Extension("gdpd_kernels._native", SOURCES, depends=HEADERS, language="c++", optional=BUILD != "1")
+setup(ext_modules=[] if BUILD == "0" else [NATIVE], cmdclass={"build_ext": BuildNative})
