@@ -366,7 +366,7 @@ def _(
     wanted: list[int],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     tensors = [z_long, *rows, *tables, *params]
-    gradients = [torch.empty_like(tensors[i]) for i in wanted] if _fuses(backend) else []
+    gradients = [z_long.new_empty(tensors[i].shape) for i in wanted] if _fuses(backend) else []
     return z_long.new_empty(()), z_long.new_empty(1, _parse(program).stats_width), gradients
 
 
@@ -420,7 +420,7 @@ def _(
     wanted: list[int],
 ) -> list[Tensor]:
     tensors = [z_long, *rows, *tables, *params]
-    return [torch.empty_like(tensors[i]) for i in wanted]
+    return [z_long.new_empty(tensors[i].shape) for i in wanted]
 
 
 def _fuses(backend: str) -> bool:

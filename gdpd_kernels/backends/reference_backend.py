@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +16,17 @@ from gdpd_kernels.program import DenoiserProgram
 def steps_of(coefficients: Sequence[float]) -> list[tuple[float, float, float]]:
     """[(a, b, s), ...] from the flat list that the operators carry."""
     return list(zip(coefficients[0::3], coefficients[1::3], coefficients[2::3], strict=True))
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    # An operator that was reached through the dispatcher, as under a profiler, has left autograd behind it: back to it.
+    keys = torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView
+    with ExitStack() as stack:
+        for key in keys:
+            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+        stack.enter_context(torch.enable_grad())
+        yield
 
 
 @contextmanager
@@ -37,7 +48,11 @@ def _instead(tensors: Sequence[Tensor | None], leaves: Sequence[Tensor | None]) 
 def _gradients(output: Tensor, leaves: Sequence[Tensor | None], grad: Tensor | None) -> list[Tensor]:
     inputs = [leaf for leaf in leaves if leaf is not None]
     found = torch.autograd.grad(output, inputs, grad, allow_unused=True)
-    return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(inputs, found, strict=True)]
+    # What an operator returns is dense, and no two of its results share memory: autograd promises neither.
+    return [
+        leaf.new_zeros(leaf.shape) if g is None else g.clone(memory_format=torch.contiguous_format)
+        for leaf, g in zip(inputs, found, strict=True)
+    ]
 
 
 class ReferenceBackend:
@@ -80,7 +95,7 @@ class ReferenceBackend:
                 num_samples,
                 compute_dtype,
             )
-        return z_hat, stats, z_short.new_empty(0)
+        return z_hat.contiguous(), stats, z_short.new_empty(0)
 
     def reverse_sample_backward(
         self,
@@ -105,7 +120,7 @@ class ReferenceBackend:
         leaves = _leaves([tensor if i in wanted else None for i, tensor in enumerate(tensors)])
         z, mix, *rest = _instead(tensors, leaves)
         ends = len(rows), len(rows) + len(tables)
-        with torch.enable_grad(), _without_autocast(z_short.device.type):
+        with _recording(), _without_autocast(z_short.device.type):
             z_hat, _ = reference.reverse_sample(
                 program,
                 z,
@@ -185,7 +200,7 @@ def prior_loss_backward(
     leaves = _leaves([tensor if i in wanted else None for i, tensor in enumerate(tensors)])
     z, *rest = _instead(tensors, leaves)
     ends = len(rows), len(rows) + len(tables)
-    with torch.enable_grad(), _without_autocast(z_long.device.type):
+    with _recording(), _without_autocast(z_long.device.type):
         loss, _ = reference.prior_loss(
             program,
             z,
