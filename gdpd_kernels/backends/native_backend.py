@@ -90,6 +90,7 @@ def _openmp_libraries() -> list[str]:
     return sorted(found, key=lambda path: not path.startswith(home))
 
 
+@cache
 def instruction_set() -> str:
     """Name of the instruction set in use, '' where the module is missing."""
     native = _load()
@@ -124,8 +125,13 @@ def _program(program: DenoiserProgram, isa: str) -> Any:
 
 
 def _threads(program: DenoiserProgram, rows: int, steps: int) -> int:
-    work = (program.macs + 20 * sum(program.widths.values())) * rows * steps
-    return max(1, min(torch.get_num_threads(), 1 + work // _MACS_PER_THREAD))
+    return max(1, min(torch.get_num_threads(), 1 + _work(program) * rows * steps // _MACS_PER_THREAD))
+
+
+@lru_cache(maxsize=256)
+def _work(program: DenoiserProgram) -> int:
+    """About how many multiply-adds a step of one row is worth; what is not a product counts twenty per number."""
+    return program.macs + 20 * sum(program.widths.values())
 
 
 def _dense(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -304,7 +310,7 @@ class NativeBackend:
         ends = 2 + len(rows), 2 + len(rows) + len(tables)
         inputs = [z_short, alpha, *rows, *tables, *params]
         # Dense whatever the layout of the input, since the kernels write row after row.
-        gradients = [z_short.new_empty(inputs[i].shape) for i in wanted]  # type: ignore[union-attr]
+        gradients = [torch.empty_like(inputs[i], memory_format=torch.contiguous_format) for i in wanted]  # type: ignore[arg-type]
         addresses = [0] * len(inputs)
         summed: dict[int, Tensor] = {}  # gradients that the kernels give per trajectory, and that are summed below
         for at, (i, gradient) in enumerate(zip(wanted, gradients, strict=True)):
