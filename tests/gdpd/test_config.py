@@ -109,9 +109,7 @@ def test_unknown_key_suggests_the_nearest() -> None:
 
 def test_yaml_stands_for_options_and_overrides_win(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text(
-        "dataset: ItalyPowerDemand\nlearning_rate: 1e-2\nlr_milestones: [5, 9]\nresample_to: null\n"
-    )
+    path.write_text("dataset: ItalyPowerDemand\nlearning_rate: 1e-2\nlr_milestones: [5, 9]\nresample_to: null\n")
     config = RunConfig.from_yaml(path, earliness=0.2, learning_rate=0.5)
     assert config.dataset == "ItalyPowerDemand"
     assert config.learning_rate == 0.5
