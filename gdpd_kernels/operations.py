@@ -42,6 +42,7 @@ class Obstacle(Exception):
 
 
 def handles(*names: str) -> Callable[[Handler], Handler]:
+    """Register a function as what lowers the ATen operations of these names."""
     def register(function: Handler) -> Handler:
         HANDLERS.update(dict.fromkeys(names, function))
         return function
@@ -325,11 +326,17 @@ def _same_row(low: Lowering, node: fx.Node, a: dict[str, Any]) -> Operand:
 
 
 def name_of(node: fx.Node) -> str:
+    """Name of the operation that a node calls, without its namespace: ``aten.add.Tensor`` is ``add``."""
     schema = getattr(node.target, "_schema", None)
     return schema.name.split("::")[1] if schema is not None else getattr(node.target, "__name__", str(node.target))
 
 
 def number(value: Any) -> float:
+    """`value` as a float.
+
+    Raises:
+        Obstacle: it is no number that is known when the module is captured.
+    """
     if isinstance(value, bool | int | float):
         return float(value)
     if isinstance(value, Unexpected):
@@ -338,6 +345,7 @@ def number(value: Any) -> float:
 
 
 def width(value: Tensor) -> Any:
+    """Number of values in one row, the product of all dimensions but the first."""
     return reduce(operator.mul, value.shape[1:], 1)
 
 
@@ -347,4 +355,5 @@ def folded(value: Tensor) -> tuple[Any, ...]:
 
 
 def shape_text(value: Tensor) -> str:
+    """The shape as messages write it: ``[batch, 100]``."""
     return "[" + ", ".join("batch" if isinstance(n, torch.SymInt) else str(n) for n in value.shape) + "]"
