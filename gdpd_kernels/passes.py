@@ -126,9 +126,14 @@ def fold_batch_norm_eval(program: DenoiserProgram) -> Rewrite:
     Where neither holds it stays as it is.
     """
     draft = _Draft(program)
-    for position in range(len(draft.ops)):
-        if draft.ops[position].kind == "batch_norm_eval":
-            _fold_before(draft, position) or _fold_after(draft, position)
+    # Of norms in a row, the last folds into the layer after them and leaves its place to the one before. Every fold
+    # takes a norm away, so this comes to rest.
+    before: list[Op] = []
+    while before != draft.ops:
+        before = list(draft.ops)
+        for position in range(len(draft.ops)):
+            if draft.ops[position].kind == "batch_norm_eval" and draft.alive(position):
+                _fold_before(draft, position) or _fold_after(draft, position)
     return draft.finish()
 
 

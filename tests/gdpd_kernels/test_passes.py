@@ -295,6 +295,16 @@ def test_a_pass_finds_nothing_more_in_what_it_has_rewritten(program: DenoiserPro
     assert PASSES[name](once.program).program == once.program
 
 
+def test_norms_in_a_row_all_fold_into_the_layer_after_them() -> None:
+    body = nn.Sequential(nn.BatchNorm1d(WIDTH), nn.BatchNorm1d(WIDTH), nn.BatchNorm1d(WIDTH), linear())
+    net = Net(lambda s, z, t: s.body(z + s.e(t)), body=body, e=nn.Embedding(10, WIDTH)).eval()
+    program = capture(net, WIDTH).program
+    assert kinds(program).count("batch_norm_eval") == 3
+    rewrite = fold_batch_norm_eval(program)
+    assert "batch_norm_eval" not in kinds(rewrite.program)
+    assert_same(program, rewrite)
+
+
 def test_rewrites_of_a_captured_module_stay_live() -> None:
     body = nn.Sequential(linear(), nn.BatchNorm1d(WIDTH), nn.ReLU(), linear())
     net = Net(lambda s, z, t: s.body(z + s.e(t)), body=body, e=nn.Embedding(10, WIDTH)).double().eval()
