@@ -188,40 +188,43 @@ double prior_loss(const Program& program, bool f64, long batch, Address z, Addre
   return loss;
 }
 
-// As PyTorch's BatchNorm updates them: running = (1 − momentum) running + momentum new, the variance unbiased.
+// As PyTorch's BatchNorm updates them: running = (1 − momentum) running + momentum new, the variance unbiased. A negative
+// momentum stands for a cumulative average. A layer may occur twice: each occurrence is a call of its own.
 template <class Running, class Stats>
-void update_running(const std::vector<Address>& means, const std::vector<Address>& vars, const Stats* stats,
+void update_running(const std::vector<Address>& means, const std::vector<Address>& vars,
+                    const std::vector<Address>& counters, const Stats* stats, long steps,
                     const std::vector<long>& widths, const std::vector<double>& momenta, long rows) {
-  const size_t layers = widths.size();
   const double unbiased = double(rows) / double(rows - 1);
-  for (size_t at = 0; at < momenta.size(); ++at) {
-    const size_t i = at % layers;
-    Running* mean = static_cast<Running*>(out(means[i]));
-    Running* var = static_cast<Running*>(out(vars[i]));
-    const double m = momenta[at];
-    for (long c = 0; mean && c < widths[i]; ++c) {
-      mean[c] = Running(m * stats[c] + (1.0 - m) * mean[c]);
-      var[c] = Running(m * (stats[widths[i] + c] * unbiased) + (1.0 - m) * var[c]);
+  for (long k = 0; k < steps; ++k) {
+    for (size_t i = 0; i < widths.size(); stats += 2 * widths[i], ++i) {
+      Running* mean = static_cast<Running*>(out(means[i]));
+      Running* var = static_cast<Running*>(out(vars[i]));
+      if (!mean) continue;
+      const int64_t seen = ++*static_cast<int64_t*>(out(counters[i]));
+      const double m = momenta[i] >= 0.0 ? momenta[i] : 1.0 / double(seen);
+      for (long c = 0; c < widths[i]; ++c) {
+        mean[c] = Running(m * stats[c] + (1.0 - m) * mean[c]);
+        var[c] = Running(m * (stats[widths[i] + c] * unbiased) + (1.0 - m) * var[c]);
+      }
     }
-    stats += 2 * widths[i];
   }
 }
 
 void update_running_stats(bool running_f64, bool stats_f64, const std::vector<Address>& means,
                           const std::vector<Address>& vars, const std::vector<Address>& counters, Address stats,
-                          const std::vector<long>& widths, const std::vector<double>& momenta, long rows) {
-  if (means.size() != widths.size() || vars.size() != widths.size() || widths.empty() ||
-      momenta.size() % widths.size() != 0 || rows < 2)
-    throw std::invalid_argument("means, variances, widths and momenta do not match, or rows < 2");
-  for (Address counter : counters) *static_cast<int64_t*>(out(counter)) += int64_t(momenta.size() / widths.size());
+                          long steps, const std::vector<long>& widths, const std::vector<double>& momenta, long rows) {
+  const size_t layers = widths.size();
+  if (means.size() != layers || vars.size() != layers || counters.size() != layers || momenta.size() != layers ||
+      rows < 2)
+    throw std::invalid_argument("means, variances, counters, widths and momenta do not match, or rows < 2");
   const auto* f32 = static_cast<const float*>(in(stats));
   const auto* f64 = static_cast<const double*>(in(stats));
   if (running_f64)
-    stats_f64 ? update_running<double>(means, vars, f64, widths, momenta, rows)
-              : update_running<double>(means, vars, f32, widths, momenta, rows);
+    stats_f64 ? update_running<double>(means, vars, counters, f64, steps, widths, momenta, rows)
+              : update_running<double>(means, vars, counters, f32, steps, widths, momenta, rows);
   else
-    stats_f64 ? update_running<float>(means, vars, f64, widths, momenta, rows)
-              : update_running<float>(means, vars, f32, widths, momenta, rows);
+    stats_f64 ? update_running<float>(means, vars, counters, f64, steps, widths, momenta, rows)
+              : update_running<float>(means, vars, counters, f32, steps, widths, momenta, rows);
 }
 
 }  // namespace

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -403,7 +403,9 @@ def _captured(denoiser: Denoiser, features: int, cond: Tensor | None, backend: s
     if not isinstance(denoiser, nn.Module):
         raise TypeError(f"denoiser: expected an nn.Module or what capture() returns, got {type(denoiser).__name__}")
     try:
-        return capture(denoiser, features=features, cond_features=None if cond is None else cond.shape[1])
+        # index() because widths are constants of a compiled graph, also where torch.compile(dynamic=True) would rather not.
+        cond_features = None if cond is None else operator.index(cond.shape[1])
+        return capture(denoiser, features=operator.index(features), cond_features=cond_features)
     except CaptureError as error:
         if backend not in ("auto", "reference"):
             raise BackendError(f"backend {backend!r} cannot run this denoiser: {error}") from error
@@ -420,21 +422,16 @@ def _update_running_stats(batch_norms: Sequence[nn.Module], stats: Tensor, rows:
     """Update the live BatchNorms as if each had been called once per row of `stats`."""
     if not batch_norms:
         return
-    steps = stats.shape[0]
-    empty = stats.new_empty(0)  # stands for a BatchNorm that keeps no running statistics
     buffers = [bn._buffers for bn in batch_norms]
-    means = [empty if kept["running_mean"] is None else kept["running_mean"] for kept in buffers]
-    variances = [empty if kept["running_var"] is None else kept["running_var"] for kept in buffers]
-    counters = [kept["num_batches_tracked"] for kept in buffers if kept["num_batches_tracked"] is not None]
-    if not counters:
+    if all(kept["running_mean"] is None for kept in buffers):
         return
-    momenta: list[Any] = [bn.momentum for bn in batch_norms] * steps
-    if None in momenta:  # a cumulative average: one over the number of batches seen
-        seen = [0 if kept["num_batches_tracked"] is None else int(kept["num_batches_tracked"]) for kept in buffers]
-        momenta = [
-            1.0 / (seen[i % len(seen)] + i // len(seen) + 1) if momentum is None else momentum
-            for i, momentum in enumerate(momenta)
-        ]
+
+    def named(name: str) -> list[Tensor]:  # an empty tensor stands for a BatchNorm that keeps no running statistics
+        found = [kept[name] for kept in buffers]
+        return [stats.new_empty(0) if x is None else x for x in found]
+
+    means, variances, counters = named("running_mean"), named("running_var"), named("num_batches_tracked")
+    momenta: list[float] = [-1.0 if bn.momentum is None else bn.momentum for bn in batch_norms]  # type: ignore[misc]
     widths: list[int] = [bn.num_features for bn in batch_norms]  # type: ignore[misc]
     if torch.compiler.is_compiling():
         update = torch.ops.gdpd_kernels.update_running_stats_

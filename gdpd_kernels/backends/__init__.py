@@ -142,8 +142,9 @@ class Backend(Protocol):
     ) -> None:
         """Update running statistics in place, as if the module had been called once per row of `stats`.
 
-        An empty tensor stands for a BatchNorm that keeps none. `counters` (num_batches_tracked) grow by the number of
-        rows of `stats`. `momenta`: K × len(means) numbers.
+        All lists have one entry per BatchNorm; of one that keeps no statistics, mean, variance and counter
+        (num_batches_tracked) are empty tensors. One that is called twice occurs twice. A negative momentum stands for
+        a cumulative average.
         """
 
 

@@ -412,28 +412,32 @@ class NativeBackend:
         rows: int,
     ) -> None:
         kept = [
-            (x, (width,))
-            for xs in (means, variances)
-            for x, width in zip(xs, widths, strict=True)
-            if x.shape != (0,)  # keeps none
+            (mean, var, counter, width)
+            for mean, var, counter, width in zip(means, variances, counters, widths, strict=True)
+            if any(x.shape != (0,) for x in (mean, var, counter))
         ]
-        dtype = kept[0][0].dtype
-        fits = dtype in (torch.float32, torch.float64) and all(
-            x.shape == shape and x.dtype is dtype and x.is_cpu and x.is_contiguous() for x, shape in kept
-        )
-        counts = all(x.shape == () and x.dtype is torch.int64 and x.is_cpu for x in counters)
-        if not (fits and counts):
+        dtype = kept[0][0].dtype if kept else torch.float32
+        if dtype not in (torch.float32, torch.float64) or not all(
+            mean.shape == var.shape == (width,)
+            and mean.dtype is var.dtype is dtype
+            and counter.shape == ()
+            and counter.dtype is torch.int64
+            and all(x.is_cpu and x.is_contiguous() for x in (mean, var, counter))
+            for mean, var, counter, width in kept
+        ):
             raise ValueError(
                 "running statistics: expected dense tensors of one dtype, float32 or float64, as wide as their "
                 "BatchNorm, and counters int64 [], on cpu; move the denoiser with .to(...)"
             )
+        stats = _dense("stats", stats, (len(stats), 2 * sum(widths)), stats.dtype)
         _load().update_running_stats(  # type: ignore[union-attr]
             dtype == torch.float64,
             stats.dtype == torch.float64,
             [_address(x) if x.numel() else 0 for x in means],
             [_address(x) if x.numel() else 0 for x in variances],
-            _addresses(counters),
+            [_address(x) if x.numel() else 0 for x in counters],
             _address(stats),
+            len(stats),
             widths,
             momenta,
             rows,

@@ -167,17 +167,17 @@ class ReferenceBackend:
         momenta: Sequence[float],
         rows: int,
     ) -> None:
-        torch._foreach_add_(list(counters), stats.shape[0])
         unbiased = rows / (rows - 1)
-        layers = len(means)
-        for k, step in enumerate(stats):
-            parts = step.split([size for width in widths for size in (width, width)])
-            for i, (mean, var) in enumerate(zip(means, variances, strict=True)):
+        for step in stats:
+            parts = iter(step.split([size for width in widths for size in (width, width)]))
+            for mean, var, counter, momentum in zip(means, variances, counters, momenta, strict=True):
+                batch_mean, batch_var = next(parts), next(parts)
                 if mean.numel() == 0:
                     continue
-                momentum = momenta[k * layers + i]
-                mean.mul_(1 - momentum).add_(momentum * parts[2 * i].to(mean.dtype))
-                var.mul_(1 - momentum).add_(momentum * (unbiased * parts[2 * i + 1]).to(var.dtype))
+                counter += 1
+                share = momentum if momentum >= 0 else 1 / int(counter)
+                mean.mul_(1 - share).add_(share * batch_mean.to(mean.dtype))
+                var.mul_(1 - share).add_(share * (unbiased * batch_var).to(var.dtype))
 
 
 def prior_loss_backward(

@@ -324,17 +324,17 @@ def test_the_same_call_gives_the_same_bits_again() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, FLOAT32])
 def test_running_statistics_as_the_reference_updates_them(dtype: torch.dtype, stats_dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    widths, steps = [3, 17, 8], 4
-    stats = torch.rand(steps, 2 * sum(widths), generator=generator).to(stats_dtype)
-    momenta = torch.rand(steps * 3, generator=generator).tolist()
+    widths = [3, 17, 8, 3]
+    stats = torch.rand(4, 2 * sum(widths), generator=generator).to(stats_dtype)
     results = []
     for backend in ("native", "reference"):
         generator.manual_seed(1)
         means, variances = ([torch.rand(w, generator=generator).to(dtype) for w in widths] for _ in range(2))
-        means[1] = variances[1] = stats.new_empty(0)  # keeps none
-        counters = [torch.tensor(5), torch.tensor(7)]
-        load(backend).update_running_stats(means, variances, counters, stats, widths, momenta, 9)
-        assert counters == [9, 11]
+        counters = [torch.tensor(n) for n in (5, 0, 7, 0)]
+        means[1] = variances[1] = counters[1] = stats.new_empty(0)  # keeps none
+        means[3], variances[3], counters[3] = means[0], variances[0], counters[0]  # is called twice
+        load(backend).update_running_stats(means, variances, counters, stats, widths, [-1.0, 0.1, 0.0, -1.0], 9)
+        assert [int(x) for x in counters if x.numel()] == [13, 11, 13]
         results.append(torch.cat([*means, *variances]))
     torch.testing.assert_close(*results, rtol=1e-6 if FLOAT32 in (dtype, stats_dtype) else 1e-14, atol=0)
 
@@ -346,16 +346,26 @@ def test_running_statistics_as_the_reference_updates_them(dtype: torch.dtype, st
         {"means": [torch.zeros(3).double()]},
         {"means": [torch.zeros(2)]},
         {"variances": [torch.zeros(4)]},
+        {"variances": [torch.zeros(0)]},
+        {"means": [torch.zeros(0)]},
         {"variances": [torch.zeros(6)[::2]]},
         {"means": [torch.zeros(3, device="meta")]},
         {"counters": [torch.tensor(0, dtype=torch.int32)]},
-        {"counters": [torch.zeros(2, dtype=torch.int64)[:0]]},
+        {"counters": [torch.zeros(0, dtype=torch.int64)]},
     ],
 )
 def test_running_statistics_of_another_form_are_refused(broken: dict[str, list[torch.Tensor]]) -> None:
     arguments = {"means": [torch.zeros(3)], "variances": [torch.ones(3)], "counters": [torch.tensor(0)]} | broken
     with pytest.raises(ValueError, match=r"running statistics: expected dense tensors .* move the denoiser with"):
-        load("native").update_running_stats(**arguments, stats=torch.zeros(2, 6), widths=[3], momenta=[0.1] * 2, rows=4)
+        load("native").update_running_stats(**arguments, stats=torch.zeros(2, 6), widths=[3], momenta=[0.1], rows=4)
+
+
+def test_batch_statistics_of_another_form_are_refused() -> None:
+    arguments = {"means": [torch.zeros(3)], "variances": [torch.ones(3)], "counters": [torch.tensor(0)]}
+    with pytest.raises(ValueError, match=r"stats has shape \[2, 5\], .* expected \[2, 6\]"):
+        load("native").update_running_stats(**arguments, stats=torch.zeros(2, 5), widths=[3], momenta=[0.1], rows=4)
+    with pytest.raises(ValueError, match="do not match, or rows < 2"):
+        load("native").update_running_stats(**arguments, stats=torch.zeros(2, 6), widths=[3], momenta=[0.1], rows=1)
 
 
 def test_noise_without_noise_and_seed_is_refused() -> None:

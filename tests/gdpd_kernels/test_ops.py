@@ -132,7 +132,7 @@ def test_opcheck_of_running_statistics(backend: str) -> None:
     means, variances, counters = [torch.zeros(3)], [torch.ones(3)], [torch.tensor(0)]
     torch.library.opcheck(
         torch.ops.gdpd_kernels.update_running_stats_,
-        (means, variances, counters, torch.rand(2, 6), [3], [0.1, 0.1], 4, backend),
+        (means, variances, counters, torch.rand(2, 6), [3], [0.1], 4, backend),
     )
 
 
