@@ -114,6 +114,12 @@ class CapturedDenoiser:
             return self._plan.batch_norms
         return _batch_norms(self.module, self._recipe)
 
+    @property
+    def cond_features(self) -> int | None:
+        """Width of the condition, None for a denoiser captured without one."""
+        width: int | None = self._recipe.key[1]
+        return width
+
     def current(self) -> CapturedDenoiser:
         """This capture while it holds, else a new one of the module as it is now."""
         if self._plan is not None and not torch.compiler.is_compiling() and self._plan.watch.holds():

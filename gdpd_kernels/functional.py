@@ -11,6 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from gdpd_kernels import ops
+from gdpd_kernels.arguments import (
+    check_fit,
+    check_parameters,
+    check_range,
+    check_tensor,
+    check_timesteps,
+    condition,
+    mixing_weights,
+    philox_key,
+    precision,
+    start_noise,
+)
 from gdpd_kernels.backends import BackendError, BackendFallback, Request, load, reference, resolve, saved_numel
 from gdpd_kernels.capture import CapturedDenoiser, CaptureError, capture
 from gdpd_kernels.passes import Rewrite, fold_batch_norm_eval, fold_time_tables
@@ -29,7 +41,6 @@ SAVED_VALUES_LIMIT = 32 * 2**20  # bytes
 FOLDING_PAYS_FROM = 16384
 
 _TIMESTEP_DRAW = 2**32 - 1  # Philox step that no noise uses
-_COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def reverse_sample(
@@ -76,18 +87,20 @@ def reverse_sample(
         ValueError, TypeError: an argument that does not fit, by name.
         BackendError: the backend asked for by name cannot run the call.
     """
-    z_short, compute = _precision("z_short", z_short, compute_dtype)
+    z_short, compute = precision("z_short", z_short, compute_dtype)
     if not isinstance(table, DDIMTable):
         raise TypeError(f"table: expected a DDIMTable from ddim_table(...), got {type(table).__name__}")
     batch, features = z_short.shape
-    if num_samples is not None and (isinstance(num_samples, bool) or num_samples < 1):
-        raise ValueError(f"num_samples is {num_samples}; it must be None or at least 1")
+    if num_samples is not None and (
+        isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1
+    ):
+        raise ValueError(f"num_samples is {num_samples!r}; it must be None or an integer of at least 1")
     samples = 1 if num_samples is None else num_samples
-    mix = _mixing_weights(alpha, z_short)
-    noise = _start_noise(noise, z_short, num_samples)
-    _check_cond(cond, z_short)
+    mix = mixing_weights(alpha, z_short)
+    noise = start_noise(noise, z_short, num_samples)
+    cond = condition(cond, z_short)
     draws = table.stochastic or (mix is not None and noise is None)
-    key = _key(seed, z_short.device) if draws else None
+    key = philox_key(seed, z_short.device) if draws else None
 
     captured = _captured(denoiser, features, cond, backend)
     if captured is None:
@@ -95,12 +108,12 @@ def reverse_sample(
         z_hat = _sample_module(denoiser, z_short, table, mix, noise, key, cond, samples, compute)
     else:
         program = captured.program
-        _check_fit(program, z_short, cond, samples * batch)
+        check_fit(captured, z_short, cond, samples * batch)
         chosen = _choose(backend, program.text, z_short.device.type, z_short.dtype, compute)
-        rows = captured.rows(cond)
-        tables = captured.tables(_timesteps(table.timesteps, z_short.device))
         params = captured.parameters_now()
-        _check_parameters(program, params, z_short)
+        check_parameters(program, params, z_short)
+        rows = _of_state(captured.rows(cond), z_short)
+        tables = _tables(captured, _timesteps(table.timesteps, z_short.device), z_short)
         if _folding_pays(program, params, samples * batch * len(table)):
             rewrite = _folded(program)
             program = rewrite.program
@@ -162,25 +175,27 @@ def prior_loss(
         ValueError, TypeError: an argument that does not fit, by name.
         BackendError: the backend asked for by name cannot run the call.
     """
-    z_long, compute = _precision("z_long", z_long, compute_dtype)
+    z_long, compute = precision("z_long", z_long, compute_dtype)
     if prediction not in ("eps", "x0", "v"):
         raise ValueError(f"prediction is {prediction!r}; it must be 'eps', 'x0' or 'v'")
-    if alphas_cumprod.dim() != 1 or not alphas_cumprod.is_floating_point():
-        raise ValueError(f"alphas_cumprod has shape {tuple(alphas_cumprod.shape)}; expected floating [T]")
+    check_tensor("alphas_cumprod", alphas_cumprod, "[T]")
+    if alphas_cumprod.dim() != 1 or not alphas_cumprod.is_floating_point() or len(alphas_cumprod) < 1:
+        raise ValueError(
+            f"alphas_cumprod has shape {tuple(alphas_cumprod.shape)}, {alphas_cumprod.dtype}; expected floating [T]"
+        )
     batch, features = z_long.shape
-    noise = _start_noise(noise, z_long, None)
+    noise = start_noise(noise, z_long, None)
     noise = None if noise is None else noise.view(batch, features)
-    _check_cond(cond, z_long)
-    key = _key(seed, z_long.device) if noise is None or timesteps is None else None
+    cond = condition(cond, z_long)
+    key = philox_key(seed, z_long.device) if noise is None or timesteps is None else None
     if timesteps is None:
         assert key is not None
         words = philox_words(key, batch, 1, step=_TIMESTEP_DRAW, device=z_long.device)[:, 0, 0]
         timesteps = (words * alphas_cumprod.shape[0]) >> 32
-    elif timesteps.shape != (batch,) or timesteps.is_floating_point():
-        raise ValueError(
-            f"timesteps has shape {tuple(timesteps.shape)}, {timesteps.dtype}; expected integers [{batch}]"
-        )
+    else:
+        check_timesteps(timesteps, len(alphas_cumprod), z_long)
     alpha_bar = alphas_cumprod.to(device=z_long.device, dtype=torch.float64)[timesteps]
+    check_range("alphas_cumprod", alpha_bar, 0, 1, "it is a product of variances' complements, see alphas_cumprod()")
     signal, sigma = alpha_bar.sqrt().to(z_long.dtype), (1 - alpha_bar).sqrt().to(z_long.dtype)
 
     captured = _captured(denoiser, features, cond, backend)
@@ -188,10 +203,11 @@ def prior_loss(
         assert isinstance(denoiser, nn.Module)
         return _loss_module(denoiser, z_long, timesteps, noise, key, signal, sigma, cond, prediction, compute)
     program = captured.program
-    _check_fit(program, z_long, cond, batch)
+    check_fit(captured, z_long, cond, batch)
     chosen = _choose(backend, program.text, z_long.device.type, z_long.dtype, compute)
-    rows, tables, params = captured.rows(cond), captured.tables(timesteps), captured.parameters_now()
-    _check_parameters(program, params, z_long)
+    params = captured.parameters_now()
+    check_parameters(program, params, z_long)
+    rows, tables = _of_state(captured.rows(cond), z_long), _tables(captured, timesteps, z_long)
     inputs = [z_long, *rows, *tables, *params]
     wanted = [i for i, x in enumerate(inputs) if x.requires_grad] if torch.is_grad_enabled() else []
     loss, stats, _ = ops.prior_loss(
@@ -213,124 +229,21 @@ def prior_loss(
     return loss
 
 
-# --- arguments ----------------------------------------------------------------------------------------------------
+def _of_state(tensors: list[Tensor], z: Tensor) -> list[Tensor]:
+    """What is computed beforehand, in the state's dtype: autocast, or a float64 table, may have made it another."""
+    return [x if x.dtype == z.dtype else x.to(z.dtype) for x in tensors]
 
 
-def _precision(name: str, z: Tensor, compute_dtype: torch.dtype | None) -> tuple[Tensor, torch.dtype]:
-    """The state in the dtype in which it is kept, and the dtype of matrix products."""
-    if not isinstance(z, Tensor):
-        raise TypeError(f"{name}: expected a tensor [batch, features], got {type(z).__name__}")
-    if z.dim() != 2 or not z.is_floating_point():
-        raise ValueError(f"{name} has shape {tuple(z.shape)}, {z.dtype}; expected floating [batch, features]")
-    if z.shape[0] < 1 or z.shape[1] < 1:
-        raise ValueError(f"{name} has shape {tuple(z.shape)}; batch and features must be at least 1")
-    autocast = torch.is_autocast_enabled(z.device.type)
-    if autocast and z.dtype in (torch.bfloat16, torch.float16):
-        z = z.float()
-    if compute_dtype is None:
-        low = autocast and z.dtype == torch.float32
-        return z, torch.get_autocast_dtype(z.device.type) if low else z.dtype
-    if compute_dtype not in _COMPUTE_DTYPES or compute_dtype.itemsize > z.dtype.itemsize:
+def _tables(captured: CapturedDenoiser, timesteps: Tensor, z: Tensor) -> list[Tensor]:
+    if torch.compiler.is_compiling():
+        return _of_state(captured.tables(timesteps), z)
+    try:
+        return _of_state(captured.tables(timesteps), z)
+    except IndexError as error:
         raise ValueError(
-            f"compute_dtype is {compute_dtype}; it must be a floating dtype no wider than the state's {z.dtype}"
-        )
-    return z, compute_dtype
-
-
-def _mixing_weights(alpha: Tensor | float | None, z_short: Tensor) -> Tensor | None:
-    """alpha as a 2-D tensor that broadcasts to [batch, features]."""
-    if alpha is None:
-        return None
-    if not isinstance(alpha, Tensor):
-        value = float(alpha)
-        if not 0.0 <= value <= 1.0:
-            raise ValueError(f"alpha is {value}; a mixing weight lies in [0, 1]")
-        return z_short.new_full((1, 1), value)
-    batch, features = z_short.shape
-    if not alpha.is_floating_point() or alpha.device != z_short.device:
-        raise ValueError(
-            f"alpha is {alpha.dtype} on {alpha.device}; expected a floating tensor on z_short's {z_short.device}"
-        )
-    alpha = alpha.to(z_short.dtype)
-    if alpha.numel() == 1:
-        return alpha.reshape(1, 1)
-    if alpha.dim() == 1 and batch == features and alpha.shape[0] == batch:
-        raise ValueError(
-            f"alpha has shape [{batch}], and z_short is [{batch}, {features}]: per sample or per feature? "
-            f"Pass [{batch}, 1] or [1, {features}]"
-        )
-    if alpha.dim() == 1 and alpha.shape[0] == features:
-        return alpha[None, :]
-    if alpha.dim() == 1 and alpha.shape[0] == batch:
-        return alpha[:, None]
-    if alpha.dim() == 2 and alpha.shape[0] in (1, batch) and alpha.shape[1] in (1, features):
-        return alpha
-    raise ValueError(
-        f"alpha has shape {tuple(alpha.shape)}; expected a number, [{features}], [{batch}] or [{batch}, {features}]"
-    )
-
-
-def _start_noise(noise: Tensor | None, z: Tensor, num_samples: int | None) -> Tensor | None:
-    """The start's noise as [num_samples, batch, features]."""
-    if noise is None:
-        return None
-    batch, features = z.shape
-    expected = (batch, features) if num_samples is None else (num_samples, batch, features)
-    if tuple(noise.shape) != expected or noise.device != z.device or not noise.is_floating_point():
-        raise ValueError(
-            f"noise has shape {tuple(noise.shape)}, {noise.dtype} on {noise.device}; "
-            f"expected floating {list(expected)} on {z.device}"
-        )
-    if noise.requires_grad:
-        raise ValueError("noise requires grad, but no gradient is computed for it; pass noise.detach()")
-    return noise.to(z.dtype).reshape(num_samples or 1, batch, features)
-
-
-def _key(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """The Philox key as an int64 tensor []."""
-    if seed is None:
-        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
-    if isinstance(seed, Tensor):
-        if seed.numel() != 1 or seed.dtype != torch.int64:
-            raise ValueError(f"seed has shape {tuple(seed.shape)}, {seed.dtype}; expected an int or one int64")
-        return seed.reshape(()).to(device)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed is {seed!r}; expected an integer of 64 bits")
-    return torch.full((), seed if seed < 2**63 else seed - 2**64, dtype=torch.int64, device=device)
-
-
-def _check_cond(cond: Tensor | None, z: Tensor) -> None:
-    if cond is None:
-        return
-    if cond.dim() != 2 or cond.shape[0] != z.shape[0] or cond.device != z.device:
-        raise ValueError(
-            f"cond has shape {tuple(cond.shape)} on {cond.device}; expected [{z.shape[0]}, width] on {z.device}"
-        )
-
-
-def _check_fit(program: DenoiserProgram, z: Tensor, cond: Tensor | None, rows: int) -> None:
-    if program.features != z.shape[1]:
-        raise ValueError(f"the state has {z.shape[1]} features, the denoiser takes {program.features}")
-    if program.rows and cond is None:
-        raise ValueError("cond: the denoiser was captured with a condition, but none is given")
-    if program.batch_norms and rows < 2:
-        raise ValueError(
-            f"batch: BatchNorm in training mode needs at least 2 rows, got {rows}; call denoiser.eval(), drop the last "
-            "incomplete batch, or use a denoiser with LayerNorm"
-        )
-
-
-def _check_parameters(program: DenoiserProgram, params: Sequence[Tensor], z: Tensor) -> None:
-    """The capture answers for the shapes; dtype and device are those of the state or the call fails."""
-    if {p.dtype for p in params} <= {z.dtype} and {p.device for p in params} <= {z.device}:
-        return
-    for index, param in enumerate(params):
-        if param.dtype != z.dtype or param.device != z.device:
-            name = program.names[index] if program.names else f"p{index}"
-            raise ValueError(
-                f"parameter {name} is {param.dtype} on {param.device}, the state {z.dtype} on {z.device}; "
-                "move the denoiser with .to(...)"
-            )
+            f"timesteps: the denoiser has no embedding of time step {int(timesteps.max())} ({error}); "
+            "give it num_train_timesteps entries"
+        ) from error
 
 
 def _timesteps(steps: tuple[int, ...], device: torch.device) -> Tensor:
@@ -403,7 +316,7 @@ def _captured(denoiser: Denoiser, features: int, cond: Tensor | None, backend: s
     if not isinstance(denoiser, nn.Module):
         raise TypeError(f"denoiser: expected an nn.Module or what capture() returns, got {type(denoiser).__name__}")
     try:
-        # index() because widths are constants of a compiled graph, also where torch.compile(dynamic=True) would rather not.
+        # index(), since widths are constants of a compiled graph even where all shapes are to be dynamic.
         cond_features = None if cond is None else operator.index(cond.shape[1])
         return capture(denoiser, features=operator.index(features), cond_features=cond_features)
     except CaptureError as error:
