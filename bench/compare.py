@@ -10,7 +10,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.list:
         print("\n".join([*(case.name for case in figures.TIMED), *EXTRAS, *(case.name for case in cases.short_grid())]))
         return 0
-    pace, began = (QUICK if options.quick else FULL), time.perf_counter()
+    pace = QUICK if options.quick else replace(FULL, limit=60 * options.minutes)
+    began = time.perf_counter()
     wanted = _selection(options.case, options.quick)
 
     limits = peak.measure(pace.peak)
@@ -161,6 +162,12 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     parser.add_argument("--threads", type=int, default=0, help="threads (default: as many as torch takes)")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=FULL.limit / 60,
+        help="no new case of the grid starts after so long (%(default)g)",
+    )
     parser.add_argument("--write", action="store_true", help="put the tables into docs/performance.md")
     options = parser.parse_args(argv)
     if options.write and (options.case or options.quick):
