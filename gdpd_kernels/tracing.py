@@ -8,10 +8,11 @@ module is run, never the module itself: no buffer, counter or random state of th
 from __future__ import annotations
 
 import copy
+import logging
 import operator
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,6 +122,7 @@ def trace(module: nn.Module, features: int, cond_features: int | None, map_input
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(_unlogged("torch._subclasses.fake_tensor"))
         with FakeCopyMode(mode):
             memo: dict[int, Any] = {}
             shadow = copy.deepcopy(module, memo)
@@ -156,6 +158,17 @@ def trace(module: nn.Module, features: int, cond_features: int | None, map_input
             if isinstance(value, bool | int | float | str) and copied.__dict__.get(key) != value:
                 found.touched.add((path, key))
     return found
+
+
+@contextmanager
+def _unlogged(name: str) -> Iterator[None]:
+    """A run that fails is an answer here, of a width that was only guessed perhaps, and no event for anyone's log."""
+    log = logging.getLogger(name)
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _dtype_and_device(module: nn.Module) -> tuple[torch.dtype, torch.device]:

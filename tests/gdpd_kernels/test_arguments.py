@@ -319,3 +319,8 @@ def test_backends(call: Any) -> None:
         call(denoiser=TimeMLP().bfloat16(), backend="native", **{state(call): normal(BATCH, FEATURES).bfloat16()})
     with pytest.raises(BackendError, match=r"(?s)backend 'native' cannot run this denoiser: .*sort"):
         call(denoiser=Uncapturable(), backend="native")
+
+
+def test_widths_that_are_only_guessed_leave_no_trace_in_the_log(capfd: pytest.CaptureFixture[str]) -> None:
+    assert capture(TimeMLP()).program.features == FEATURES
+    assert capfd.readouterr().err == ""
