@@ -123,6 +123,7 @@ def condition(cond: Tensor | None, z: Tensor) -> Tensor | None:
 
 
 def check_timesteps(timesteps: Tensor, steps: int, z: Tensor) -> None:
+    """One training step per row of `z` [batch, features], each in 0..steps-1; raises ValueError or TypeError if not."""
     check_tensor("timesteps", timesteps, "[batch]")
     batch = z.shape[0]
     if timesteps.shape != (batch,) or timesteps.dtype not in (torch.int64, torch.int32) or timesteps.device != z.device:
@@ -134,6 +135,7 @@ def check_timesteps(timesteps: Tensor, steps: int, z: Tensor) -> None:
 
 
 def check_tensor(name: str, x: object, form: str) -> None:
+    """Raises TypeError unless `x` is a tensor; `form` is the shape to name in the message."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor {form}, got {type(x).__name__}")
 
@@ -148,6 +150,7 @@ def check_range(name: str, x: Tensor, low: int, high: int, why: str) -> None:
 
 
 def check_fit(captured: CapturedDenoiser, z: Tensor, cond: Tensor | None, rows: int) -> None:
+    """The state [batch, features] and the condition fit the captured denoiser, and BatchNorm has rows enough."""
     program = captured.program
     if program.features != z.shape[1]:
         raise ValueError(f"the state has {z.shape[1]} features, the denoiser takes {program.features}")
