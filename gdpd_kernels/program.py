@@ -18,7 +18,7 @@ Operands: ``z`` the state [batch, features]; ``t0..`` tables, one row per sample
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
@@ -194,8 +194,8 @@ class DenoiserProgram:
             raise ProgramError(f"operands have widths {width} and {widths[op.inputs[1]]}")
         if op.kind == "slice":
             start, stop = int(op.attr("start")), int(op.attr("stop"))
-            if not 0 <= start < stop <= width:
-                raise ProgramError(f"slice {start}:{stop} of width {width}")
+            if (start, stop) != op.attrs or not 0 <= start < stop <= width:
+                raise ProgramError(f"slice {op.attr('start'):g}:{op.attr('stop'):g} of width {width}")
             return stop - start
         if op.kind == "concat":
             return sum(widths[operand] for operand in op.inputs)
@@ -263,15 +263,17 @@ class DenoiserProgram:
         return _parse(text)
 
 
-_HEADER = re.compile(r"denoiser z:(\d+) tables:(\S+) rows:(\S+) params:(\S+)$")
-_LINE = re.compile(r"%(\d+) = (\w+)\((.*)\)$")
+_LIST = r"(-|[0-9]+(?:,[0-9]+)*)"
+_SHAPES = r"(-|[0-9]+(?:x[0-9]+)*(?:,[0-9]+(?:x[0-9]+)*)*)"
+_HEADER = re.compile(rf"denoiser z:([0-9]+) tables:{_LIST} rows:{_LIST} params:{_SHAPES}")
+_LINE = re.compile(r"%([0-9]+) = (\w+)\((.*)\)")
 
 
 @lru_cache(maxsize=512)
 def _parse(text: str) -> DenoiserProgram:
     # Comments are allowed so that what `print` shows can be read back too.
     lines = [line.split("#")[0].strip() for line in text.strip().splitlines()]
-    header = _HEADER.match(lines[0]) if lines else None
+    header = _HEADER.fullmatch(lines[0]) if lines else None
     if header is None:
         raise ProgramError("line 1: expected 'denoiser z:F tables:.. rows:.. params:..'")
 
@@ -281,7 +283,7 @@ def _parse(text: str) -> DenoiserProgram:
     params = tuple(tuple(int(n) for n in shape.split("x")) for shape in split(header[4]))
     ops = []
     for number, line in enumerate(lines[1:-1], start=1):
-        match = _LINE.match(line)
+        match = _LINE.fullmatch(line)
         if match is None or int(match[1]) != number:
             raise ProgramError(f"line {number + 1}: expected '%{number} = operation(...)', got {line!r}")
         ops.append(_parse_op(match[2], [part.strip() for part in match[3].split(",")], number + 1))
@@ -301,17 +303,17 @@ def _parse_op(kind: str, arguments: list[str], line: int) -> Op:
     if kind not in KINDS:
         raise ProgramError(f"line {line}: unknown operation {kind!r}; known are {', '.join(KINDS)}")
 
-    def numbers() -> Iterator[float]:
-        for argument in arguments:
-            if "=" in argument:
-                yield float(argument.split("=")[1])
-
-    def parameter(argument: str) -> int | None:
-        return None if argument == "-" else int(argument[1:])
-
-    operands = tuple(a for a in arguments if re.fullmatch(r"z|[tr%]\d+", a))
-    params = tuple(parameter(a) for a in arguments if re.fullmatch(r"-|p\d+", a))
-    attrs = tuple(numbers())
-    if len(operands) + len(params) + len(attrs) != len(arguments):
-        raise ProgramError(f"line {line}: cannot read the arguments ({', '.join(arguments)})")
-    return Op(kind, operands, params, attrs)
+    operands = tuple(a for a in arguments if re.fullmatch(r"z|[tr%][0-9]+", a))
+    params = tuple(a for a in arguments if re.fullmatch(r"-|p[0-9]+", a))
+    named = [a.partition("=") for a in arguments if "=" in a]
+    expected = KINDS[kind].attrs
+    if [*operands, *params, *map("".join, named)] != arguments or tuple(name for name, _, _ in named) != expected:
+        raise ProgramError(
+            f"line {line}: cannot read the arguments ({', '.join(arguments)}); "
+            f"expected {', '.join(['operands', 'parameters', *(f'{name}=number' for name in expected)])}"
+        )
+    try:
+        attrs = tuple(float(number) for _, _, number in named)
+    except ValueError as error:
+        raise ProgramError(f"line {line}: {error}") from None
+    return Op(kind, operands, tuple(None if a == "-" else int(a[1:]) for a in params), attrs)
