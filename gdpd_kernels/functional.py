@@ -276,15 +276,18 @@ def _folded(program: DenoiserProgram) -> Rewrite:
     return fold_batch_norm_eval(program).then(fold_time_tables)
 
 
-# What depends on the program and the backend alone is a constant to torch.compile.
-@torch.compiler.assume_constant_result
 def _choose(backend: str, program: str, device: str, dtype: torch.dtype, compute: torch.dtype) -> str:
     return resolve(backend, Request(DenoiserProgram.parse(program), device, dtype, compute))
 
 
-@torch.compiler.assume_constant_result
 def _saved_shape(backend: str, program: str, dtype: torch.dtype, save: int) -> tuple[int, int, int]:
     return load(backend).saved_shape(DenoiserProgram.parse(program), dtype, save)
+
+
+# What depends on the program and the backend alone is a constant to torch.compile: this is what
+# torch.compiler.assume_constant_result does, without importing the compiler where nothing is compiled.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_saved_shape._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _save_mode(
