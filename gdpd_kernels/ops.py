@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from gdpd_kernels.backends import load, reference, reference_backend, saved_numel
-from gdpd_kernels.backends.reference_backend import steps_of
+from gdpd_kernels.backends.reference_backend import steps_of, without_autocast
 from gdpd_kernels.program import DenoiserProgram
 
 # As in csrc/plan.h: the values that all gradients need, the state of each step, or the values that gradients of inputs
@@ -256,20 +256,21 @@ class _Sample(torch.autograd.Function):
             found = [torch.zeros_like(inputs[i]) for i in positions]
         elif torch.is_grad_enabled():
             # create_graph=True: backward is to be differentiated itself, which plain PyTorch can do and a kernel cannot
-            z_hat, _stats = reference.reverse_sample(
-                _parse(program),
-                z_short,
-                alpha,
-                noise,
-                seed,
-                rows,
-                tables,
-                params,
-                steps_of(coefficients),
-                num_samples,
-                _dtype_of[compute_dtype],
-            )
-            found = _differentiable_gradients(z_hat, [inputs[i] for i in positions], grad)
+            with without_autocast(z_short.device.type):
+                z_hat, _stats = reference.reverse_sample(
+                    _parse(program),
+                    z_short,
+                    alpha,
+                    noise,
+                    seed,
+                    rows,
+                    tables,
+                    params,
+                    steps_of(coefficients),
+                    num_samples,
+                    _dtype_of[compute_dtype],
+                )
+                found = _differentiable_gradients(z_hat, [inputs[i] for i in positions], grad)
         else:
             op = torch.ops.gdpd_kernels.reverse_sample_backward
             run = _reverse_sample_backward if is_plain(grad) else op
@@ -371,54 +372,16 @@ def _(
 
 
 @_implement("prior_loss_backward")
-def _prior_loss_backward(
-    grad: Tensor,
-    z_long: Tensor,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    signal: Tensor,
-    sigma: Tensor,
-    rows: list[Tensor],
-    tables: list[Tensor],
-    params: list[Tensor],
-    program: str,
-    prediction: str,
-    compute_dtype: str,
-    wanted: list[int],
-) -> list[Tensor]:
+def _prior_loss_backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
+    *tensors, program, prediction, compute_dtype, wanted = arguments
     return reference_backend.prior_loss_backward(
-        grad,
-        _parse(program),
-        z_long,
-        noise,
-        seed,
-        signal,
-        sigma,
-        rows,
-        tables,
-        params,
-        prediction,
-        _dtype_of[compute_dtype],
-        wanted,
+        grad, _parse(program), *tensors, prediction, _dtype_of[compute_dtype], wanted
     )
 
 
 @torch.library.register_fake("gdpd_kernels::prior_loss_backward", lib=LIBRARY)
-def _(
-    grad: Tensor,
-    z_long: Tensor,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    signal: Tensor,
-    sigma: Tensor,
-    rows: list[Tensor],
-    tables: list[Tensor],
-    params: list[Tensor],
-    program: str,
-    prediction: str,
-    compute_dtype: str,
-    wanted: list[int],
-) -> list[Tensor]:
+def _(grad: Tensor, *arguments: Any) -> list[Tensor]:
+    z_long, _noise, _seed, _signal, _sigma, rows, tables, params, *_, wanted = arguments
     tensors = [z_long, *rows, *tables, *params]
     return [z_long.new_empty(tensors[i].shape) for i in wanted]
 
@@ -455,20 +418,21 @@ class _Loss(torch.autograd.Function):
             found = [torch.zeros_like(inputs[i]) for i in wanted]
         elif torch.is_grad_enabled():
             z_long, noise, seed, signal, sigma = tensors[:5]
-            loss, _stats = reference.prior_loss(
-                _parse(program),
-                z_long,
-                noise,
-                seed,
-                signal,
-                sigma,
-                rows,
-                tables,
-                params,
-                prediction,
-                _dtype_of[compute_dtype],
-            )
-            found = _differentiable_gradients(loss, [inputs[i] for i in wanted], grad)
+            with without_autocast(z_long.device.type):
+                loss, _stats = reference.prior_loss(
+                    _parse(program),
+                    z_long,
+                    noise,
+                    seed,
+                    signal,
+                    sigma,
+                    rows,
+                    tables,
+                    params,
+                    prediction,
+                    _dtype_of[compute_dtype],
+                )
+                found = _differentiable_gradients(loss, [inputs[i] for i in wanted], grad)
         elif _fuses(backend):
             found = list(torch._foreach_mul(unit, grad))
         else:
@@ -510,28 +474,11 @@ def prior_loss(*arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
 
 
 @_implement("update_running_stats_")
-def _update_running_stats(
-    means: list[Tensor],
-    variances: list[Tensor],
-    counters: list[Tensor],
-    stats: Tensor,
-    widths: list[int],
-    momenta: list[float],
-    rows: int,
-    backend: str,
-) -> None:
-    load(backend).update_running_stats(means, variances, counters, stats, widths, momenta, rows)
+def _update_running_stats(*arguments: Any) -> None:
+    *tensors_and_numbers, backend = arguments
+    load(backend).update_running_stats(*tensors_and_numbers)
 
 
 @torch.library.register_fake("gdpd_kernels::update_running_stats_", lib=LIBRARY)
-def _(
-    means: list[Tensor],
-    variances: list[Tensor],
-    counters: list[Tensor],
-    stats: Tensor,
-    widths: list[int],
-    momenta: list[float],
-    rows: int,
-    backend: str,
-) -> None:
+def _(*arguments: Any) -> None:
     return None

@@ -30,7 +30,7 @@ def _recording() -> Iterator[None]:
 
 
 @contextmanager
-def _without_autocast(device: str) -> Iterator[None]:
+def without_autocast(device: str) -> Iterator[None]:
     # The operators state their precision themselves (compute_dtype); autocast inside would round the state as well.
     with torch.autocast(device, enabled=False):
         yield
@@ -81,7 +81,7 @@ class ReferenceBackend:
         compute_dtype: torch.dtype,
         save: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.no_grad(), _without_autocast(z_short.device.type):
+        with torch.no_grad(), without_autocast(z_short.device.type):
             z_hat, stats = reference.reverse_sample(
                 program,
                 z_short,
@@ -120,7 +120,7 @@ class ReferenceBackend:
         leaves = _leaves([tensor if i in wanted else None for i, tensor in enumerate(tensors)])
         z, mix, *rest = _instead(tensors, leaves)
         ends = len(rows), len(rows) + len(tables)
-        with _recording(), _without_autocast(z_short.device.type):
+        with _recording(), without_autocast(z_short.device.type):
             z_hat, _ = reference.reverse_sample(
                 program,
                 z,
@@ -151,7 +151,7 @@ class ReferenceBackend:
         compute_dtype: torch.dtype,
         wanted: Sequence[int],
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        with torch.no_grad(), _without_autocast(z_long.device.type):
+        with torch.no_grad(), without_autocast(z_long.device.type):
             loss, stats = reference.prior_loss(
                 program, z_long, noise, seed, signal, sigma, rows, tables, params, prediction, compute_dtype
             )
@@ -200,7 +200,7 @@ def prior_loss_backward(
     leaves = _leaves([tensor if i in wanted else None for i, tensor in enumerate(tensors)])
     z, *rest = _instead(tensors, leaves)
     ends = len(rows), len(rows) + len(tables)
-    with _recording(), _without_autocast(z_long.device.type):
+    with _recording(), without_autocast(z_long.device.type):
         loss, _ = reference.prior_loss(
             program,
             z,

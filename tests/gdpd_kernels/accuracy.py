@@ -21,7 +21,7 @@ FLOAT64 = 1e-12
 
 
 def size(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x, dtype=torch.float64))
+    return float(torch.linalg.vector_norm(x.detach(), dtype=torch.float64))
 
 
 def scales(exact: Result) -> dict[str, float]:
