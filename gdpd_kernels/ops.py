@@ -374,9 +374,9 @@ def _(
 @_implement("prior_loss_backward")
 def _prior_loss_backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
     *tensors, program, prediction, compute_dtype, wanted = arguments
-    return reference_backend.prior_loss_backward(
-        grad, _parse(program), *tensors, prediction, _dtype_of[compute_dtype], wanted
-    )
+    run: Any = reference_backend.prior_loss_backward
+    found: list[Tensor] = run(grad, _parse(program), *tensors, prediction, _dtype_of[compute_dtype], wanted)
+    return found
 
 
 @torch.library.register_fake("gdpd_kernels::prior_loss_backward", lib=LIBRARY)
