@@ -325,7 +325,8 @@ def _captured(denoiser: Denoiser, features: int, cond: Tensor | None, backend: s
     except CaptureError as error:
         if backend not in ("auto", "reference"):
             raise BackendError(f"backend {backend!r} cannot run this denoiser: {error}") from error
-        _note_uncaptured(str(error))
+        if not torch.compiler.is_compiling():  # which no warning would get out of
+            _note_uncaptured(str(error))
         return None
 
 
