@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from gdpd_kernels.backends import load
+from gdpd_kernels.ops import SAVE_NOTHING, SAVE_VALUES
+from problem import Problem, Result
+
 _GUARD = 257  # numbers on either side: odd, so that what lies between them is aligned to a number and no more
 _MAKERS = {torch.Tensor.new_empty, torch.empty, torch.empty_like, torch.Tensor.new_full, torch.zeros_like}
 
@@ -54,3 +58,34 @@ class Guards(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             for name, now, before in self.kept:
                 assert torch.equal(_bits(now), _bits(before)), f"{name} was written"
+
+
+def run_between_guards(problem: Problem, save: int, compute: torch.dtype) -> Result:
+    """Forward and backward of the backend itself, every tensor between guards and every result NaN at first."""
+    backend, p = load("native"), problem
+    with Guards() as guards:
+        z, grad = guards.place("z", p.z), guards.place("grad", p.grad)
+        alpha, noise = (None if x is None else guards.place("input", x) for x in (p.alpha, p.noise))
+        rows, tables, params = ([guards.place("input", x) for x in xs] for xs in (p.rows, p.tables, p.params))
+        wanted = [i for i, x in enumerate([z, alpha, *rows, *tables]) if x is not None]
+        wanted += [2 + len(rows) + len(tables) + i for i in range(len(params)) if i not in p.program.buffer_params]
+        inputs = (p.program, z, alpha, noise, p.seed, rows, tables, params)
+        if p.signal is not None and p.sigma is not None:
+            signal, sigma = guards.place("signal", p.signal), guards.place("sigma", p.sigma)
+            inputs = (p.program, z, noise, p.seed, signal, sigma, rows, tables, params)  # type: ignore[assignment]
+            loss, stats, gradients = backend.prior_loss(
+                *inputs,
+                p.prediction,
+                compute,
+                [max(i - 1, 0) for i in wanted],  # type: ignore[arg-type, call-arg]
+            )
+            results = [loss, stats, *(g * p.grad for g in gradients)]
+        else:
+            rest = (list(p.coefficients), p.samples, compute, save)
+            z_hat, stats, saved = backend.reverse_sample(*inputs, *rest)
+            results = [z_hat, stats]
+            if save != SAVE_NOTHING:
+                results += backend.reverse_sample_backward(grad, *inputs, stats, saved, *rest, wanted)
+    guards.check()
+    named = list(p.run("native", compute, save if save != SAVE_NOTHING else SAVE_VALUES))
+    return dict(zip(named, results, strict=False))

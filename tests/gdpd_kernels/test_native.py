@@ -13,8 +13,8 @@ from accuracy import assert_as_accurate, assert_exact, assert_identical
 from gdpd_kernels import philox_normal
 from gdpd_kernels.backends import load, native_backend
 from gdpd_kernels.ops import SAVE_NOTHING, SAVE_STATES, SAVE_VALUES, SAVE_VALUES_FOR_INPUTS
-from guarded import Guards
-from problem import ALPHAS, Problem, Result, prior_problem, problems, sample_problem
+from guarded import run_between_guards
+from problem import ALPHAS, Problem, prior_problem, problems, sample_problem
 from programs import ACTIVATIONS, WIRED, Builder, bottleneck, every_operation, families, film, mlp, programs, wired
 
 pytestmark = pytest.mark.skipif(bool(load("native").unusable()), reason="; ".join(load("native").unusable()))
@@ -115,37 +115,6 @@ def test_gradients_do_not_depend_on_which_others_are_asked_for(problem: Problem,
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
-
-
-def run_between_guards(problem: Problem, save: int, compute: torch.dtype) -> Result:
-    """Forward and backward of the backend itself, every tensor between guards and every result NaN at first."""
-    backend, p = load("native"), problem
-    with Guards() as guards:
-        z, grad = guards.place("z", p.z), guards.place("grad", p.grad)
-        alpha, noise = (None if x is None else guards.place("input", x) for x in (p.alpha, p.noise))
-        rows, tables, params = ([guards.place("input", x) for x in xs] for xs in (p.rows, p.tables, p.params))
-        wanted = [i for i, x in enumerate([z, alpha, *rows, *tables]) if x is not None]
-        wanted += [2 + len(rows) + len(tables) + i for i in range(len(params)) if i not in p.program.buffer_params]
-        inputs = (p.program, z, alpha, noise, p.seed, rows, tables, params)
-        if p.signal is not None and p.sigma is not None:
-            signal, sigma = guards.place("signal", p.signal), guards.place("sigma", p.sigma)
-            inputs = (p.program, z, noise, p.seed, signal, sigma, rows, tables, params)  # type: ignore[assignment]
-            loss, stats, gradients = backend.prior_loss(
-                *inputs,
-                p.prediction,
-                compute,
-                [max(i - 1, 0) for i in wanted],  # type: ignore[arg-type, call-arg]
-            )
-            results = [loss, stats, *(g * p.grad for g in gradients)]
-        else:
-            rest = (list(p.coefficients), p.samples, compute, save)
-            z_hat, stats, saved = backend.reverse_sample(*inputs, *rest)
-            results = [z_hat, stats]
-            if save != SAVE_NOTHING:
-                results += backend.reverse_sample_backward(grad, *inputs, stats, saved, *rest, wanted)
-    guards.check()
-    named = list(p.run("native", compute, save if save != SAVE_NOTHING else SAVE_VALUES))
-    return dict(zip(named, results, strict=False))
 
 
 @fixed

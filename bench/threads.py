@@ -1,0 +1,73 @@
+"""`python -m bench.threads`: what it costs that torch's products and ours take turns in one process.
+
+Two thread pools that fight for the same cores show as a mixture that takes longer than its parts. Three contenders are
+timed in turn: torch's products alone, our forward and backward alone, and both one after the other; the last is
+compared with the sum of the first two. How often they change places within a sample makes no difference to the sum.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+import gdpd_kernels as gk
+from bench.cases import Case, prepare
+from bench.clock import interleave
+from gdpd_kernels.backends import native_backend
+
+LIMIT = 1.10
+CASES = ("paper-64x100-5-trainable", "mlp-256x100-5-trainable", "mlp-1024x256-5-frozen")
+PRODUCT = 384  # torch's share: a matrix product of this size, about as long as our smallest case
+
+
+def measure(name: str, seconds: float) -> dict[str, float]:
+    """Median seconds of torch alone, ours alone, and both in turn.
+
+    Args:
+        name: a case as in `bench.cases`.
+        seconds: time to spend.
+    """
+    ours = prepare(Case.parse(name), "native")
+    x = torch.randn(PRODUCT, PRODUCT)
+
+    def theirs() -> None:
+        (x @ x).relu_()
+
+    def both() -> None:
+        theirs()
+        ours()
+
+    timings = interleave({"torch": theirs, "ours": ours, "both": both}, seconds)
+    return {key: timing.median for key, timing in timings.items()}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.threads", description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=10.0, help="time per case, in seconds (default 10)")
+    parser.add_argument("--threads", type=int, help="threads of torch (default: torch's own choice)")
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    usable = {entry["name"]: entry["usable"] for entry in gk.backends()}
+    if not usable["native"]:
+        print("native kernels are not usable here; python -m gdpd_kernels.info says why", file=sys.stderr)
+        return 1
+    native = native_backend._load()
+    print(f"{torch.get_num_threads()} threads, torch's OpenMP shared: {native.uses_openmp()}")  # type: ignore[union-attr]
+    worst = 0.0
+    print(f"{'case':<28}{'torch':>10}{'ours':>10}{'sum':>10}{'both':>10}{'ratio':>8}")
+    for name in CASES:
+        found = measure(name, options.seconds)
+        total = found["torch"] + found["ours"]
+        ratio = found["both"] / total
+        worst = max(worst, ratio)
+        columns = (found["torch"], found["ours"], total, found["both"])
+        print(f"{name:<28}" + "".join(f"{1e3 * value:>8.3f}ms" for value in columns) + f"{ratio:>8.3f}")
+    print(f"worst ratio {worst:.3f}, limit {LIMIT}")
+    return int(worst > LIMIT)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
