@@ -2,7 +2,8 @@
 
 GDPD_KERNELS_BUILD=0 leaves the module out, =1 makes a failed build an error. Unset, a machine without a C++ compiler
 gets the pure-Python package, which runs on the reference backend and says so in `python -m gdpd_kernels.info`.
-GDPD_KERNELS_SANITIZE=1 builds with the address and undefined-behaviour sanitizers, for the test that wants them.
+GDPD_KERNELS_SANITIZE=1 builds with the address and undefined-behaviour sanitizers, GDPD_KERNELS_ONLY=avx2 (say) for one
+instruction set alone: for the test that wants that, which would wait for the rest.
 """
 
 import os
@@ -15,10 +16,12 @@ from setuptools.errors import BaseError, CCompilerError
 
 BUILD = os.environ.get("GDPD_KERNELS_BUILD", "")
 SANITIZE = os.environ.get("GDPD_KERNELS_SANITIZE", "") == "1"
+ONLY = os.environ.get("GDPD_KERNELS_ONLY", "")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 # -ffp-contract=fast: multiply and add become one rounding where the instruction set has it. Nothing else is relaxed.
-COMMON = ["-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-Wall"]
+# -g0: Python's own flags ask for debugging information, which takes longer than the kernels and is thrown away.
+COMMON = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-Wall"]
 AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 # One source per instruction set, each with flags of its own; the choice is made at run time.
 PER_SOURCE = {
@@ -28,7 +31,7 @@ PER_SOURCE = {
     "csrc/kernels_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
 }
 SHARED = ["csrc/bindings.cpp", "csrc/dispatch.cpp", "csrc/parallel.cpp", "csrc/plan.cpp"]
-SOURCES = SHARED + [source for source in PER_SOURCE if X86 or source == "csrc/kernels_baseline.cpp"]
+KERNELS = [f"csrc/kernels_{ONLY}.cpp"] if ONLY else [s for s in PER_SOURCE if X86 or s == "csrc/kernels_baseline.cpp"]
 
 
 class BuildNative(build_ext):
@@ -47,10 +50,12 @@ class BuildNative(build_ext):
 
         import pybind11
 
-        sanitize = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-O1", "-g"] if SANITIZE else []
+        sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if SANITIZE else []
+        debug = ["-fno-omit-frame-pointer", "-O1", "-g1"] if SANITIZE else []
+        only = [f"-DGK_ONLY=kernels_{ONLY}"] if ONLY else []
 
         def compile_one(source):
-            flags = [*COMMON, *PER_SOURCE.get(source, []), *sanitize]
+            flags = [*COMMON, *PER_SOURCE.get(source, []), *only, *sanitize, *debug]
             return self.compiler.compile(
                 [source],
                 output_dir=self.build_temp,
@@ -75,5 +80,5 @@ class BuildNative(build_ext):
 
 HEADERS = sorted(f"csrc/{name}" for name in os.listdir("csrc") if name.endswith(".h"))
 # Optional: setuptools then does not look for what could not be built.
-NATIVE = Extension("gdpd_kernels._native", SOURCES, depends=HEADERS, language="c++", optional=BUILD != "1")
+NATIVE = Extension("gdpd_kernels._native", SHARED + KERNELS, depends=HEADERS, language="c++", optional=BUILD != "1")
 setup(ext_modules=[] if BUILD == "0" else [NATIVE], cmdclass={"build_ext": BuildNative})

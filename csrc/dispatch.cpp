@@ -12,6 +12,9 @@ struct Entry {
 };
 
 std::vector<Entry> entries() {
+#ifdef GK_ONLY  // built for one instruction set: setup.py
+  return {{GK_ONLY(), true}};
+#else
   std::vector<Entry> found{{kernels_baseline(), true}};
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -23,6 +26,7 @@ std::vector<Entry> entries() {
   found.push_back({kernels_avx512_bf16(), avx512 && __builtin_cpu_supports("avx512bf16")});
 #endif
   return found;
+#endif
 }
 
 }  // namespace
