@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -87,6 +88,8 @@ def _openmp_and_math() -> tuple[ctypes.CDLL, ctypes.CDLL] | None:
     try:
         with open("/proc/self/maps", encoding="utf-8") as maps:
             loaded = [line.split(maxsplit=5)[-1].strip() for line in maps if "libgomp" in line]
+        # scikit-learn's wheel carries an OpenMP of its own: torch's is the one beside torch, if it has brought one.
+        loaded.sort(key=lambda path: not path.startswith(os.path.dirname(torch.__file__)))
         return (ctypes.CDLL(loaded[0]), ctypes.CDLL("libm.so.6")) if loaded else None
     except OSError:
         return None

@@ -129,10 +129,12 @@ def in_process(code: str, *arguments: str, **environment: str) -> str:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other platforms cannot reach workers that run already")
+@pytest.mark.parametrize("other", ["", "import sklearn.metrics"], ids=["torch alone", "scikit-learn's OpenMP too"])
 @pytest.mark.parametrize("started", [True, False], ids=["pool runs already", "pool not started"])
-def test_denormals_are_flushed_in_every_thread_and_put_back(started: bool) -> None:
+def test_denormals_are_flushed_in_every_thread_and_put_back(started: bool, other: str) -> None:
     code = """
 import torch
+OTHER
 torch.set_num_threads(3)
 from gdpd.training.denormals import flush_denormals, threads_flushing
 if STARTED: print(threads_flushing())
@@ -142,7 +144,7 @@ with flush_denormals():
     print(threads_flushing())
 print(threads_flushing())
 with flush_denormals(False): print(threads_flushing())
-""".replace("STARTED", str(started))
+""".replace("STARTED", str(started)).replace("OTHER", other)
     on, off = str([True] * 3), str([False] * 3)
     expected = [on, on, on, off, off]
     assert in_process(code).splitlines() == ([off] if started else []) + expected
