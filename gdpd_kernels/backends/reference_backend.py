@@ -31,6 +31,7 @@ def _recording() -> Iterator[None]:
 
 @contextmanager
 def without_autocast(device: str) -> Iterator[None]:
+    """Autocast off for a device type, inside an operator."""
     # The operators state their precision themselves (compute_dtype); autocast inside would round the state as well.
     with torch.autocast(device, enabled=False):
         yield
