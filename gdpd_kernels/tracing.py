@@ -123,6 +123,8 @@ def trace(module: nn.Module, features: int, cond_features: int | None, map_input
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(_unlogged("torch._subclasses.fake_tensor"))
+        # Hooks of the caller's, such as those of checkpointing, would count what this run saves for no backward pass.
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_itself, _itself))
         with FakeCopyMode(mode):
             memo: dict[int, Any] = {}
             shadow = copy.deepcopy(module, memo)
@@ -158,6 +160,10 @@ def trace(module: nn.Module, features: int, cond_features: int | None, map_input
             if isinstance(value, bool | int | float | str) and copied.__dict__.get(key) != value:
                 found.touched.add((path, key))
     return found
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from modules import COND, FEATURES, ConditionalHead, PaperDenoiser, RawCondition
 TABLE = ddim_table(num_inference_steps=2)
 BATCH = 5
 
+pytestmark = pytest.mark.filterwarnings("ignore::gdpd_kernels.BackendFallback")
+
 
 def normal(*shape: int, **form: Any) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(**form)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -349,6 +350,56 @@ def test_memory_kept_for_backward_is_bounded(monkeypatch: pytest.MonkeyPatch) ->
     assert torch.equal(*grads)
     if not _MISSING:
         assert kept[1] < kept[0] / 3
+
+
+# --- inside what PyTorch wraps around a call --------------------------------------------------------------------------
+
+
+@on_both
+def test_checkpointing_draws_the_same_noise_again(backend: str) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    grads = []
+    for wrapped in (True, False):
+        module, _ = make("paper in eval mode")  # so that it is captured within the checkpoint
+        z = normal(BATCH, FEATURES).requires_grad_()
+
+        def sample(z: Tensor, module: nn.Module = module) -> Tensor:
+            return reverse_sample(module, z, table=TABLE, alpha=0.5, backend=backend)
+
+        torch.manual_seed(7)
+        z_hat = checkpoint(sample, z, use_reentrant=False) if wrapped else sample(z)
+        z_hat.square().sum().backward()
+        grads.append([z.grad, *(p.grad for p in module.parameters())])
+    assert all(map(torch.equal, *grads))
+
+
+@on_both
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_under_a_profiler_in_anomaly_mode_and_in_inference_mode(backend: str) -> None:
+    results = []
+    for context in (
+        torch.profiler.profile,
+        torch.autograd.detect_anomaly,
+        torch.autograd.graph.save_on_cpu,
+        nullcontext,
+    ):
+        module, _ = make("paper")
+        z = normal(BATCH, FEATURES).requires_grad_()
+        with context() as found:
+            z_hat = reverse_sample(module, z, table=TABLE, alpha=0.5, seed=1, backend=backend)
+            loss = prior_loss(module, z, alphas_cumprod=alphas_cumprod(), seed=1, backend=backend)
+            (z_hat.sum() + loss).backward()
+        results.append([z_hat, loss, z.grad, *(p.grad for p in module.parameters()), *module.buffers()])
+        if context is torch.profiler.profile:
+            names = {event.key for event in found.key_averages()}
+            assert {"gdpd_kernels::reverse_sample", "gdpd_kernels::prior_loss"} <= names
+    module, _ = make("paper")
+    with torch.inference_mode():
+        z_hat = reverse_sample(module, normal(BATCH, FEATURES), table=TABLE, alpha=0.5, seed=1, backend=backend)
+    results.append([z_hat, *results[0][1:]])
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
 
 
 def test_half_precision_states_run_on_the_reference() -> None:
