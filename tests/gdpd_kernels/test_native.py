@@ -369,6 +369,24 @@ def test_operators_refuse_tensors_of_another_form(argument: str, how: str) -> No
         replace(problem, **{argument: changed}).run("native")
 
 
+@pytest.mark.parametrize("lists", ["rows", "tables", "params"])
+def test_operators_refuse_another_number_of_tensors(lists: str) -> None:
+    problem = sample_problem(film(5))
+    with pytest.raises(ValueError, match="rows, tables, params: .* tensors; the program takes 2, 2 and 6"):
+        load("native").reverse_sample(
+            problem.program,
+            problem.z,
+            None,
+            None,
+            None,
+            *(getattr(problem, name)[: -1 if name == lists else None] for name in ("rows", "tables", "params")),
+            problem.coefficients,
+            1,
+            torch.float64,
+            SAVE_NOTHING,
+        )
+
+
 def test_the_compiled_module_refuses_what_it_cannot_read() -> None:
     native = native_backend._load()
     with pytest.raises(ValueError, match="the code ends too early"):
