@@ -372,7 +372,7 @@ def test_operators_refuse_tensors_of_another_form(argument: str, how: str) -> No
 @pytest.mark.parametrize("lists", ["rows", "tables", "params"])
 def test_operators_refuse_another_number_of_tensors(lists: str) -> None:
     problem = sample_problem(film(5))
-    with pytest.raises(ValueError, match="rows, tables, params: .* tensors; the program takes 2, 2 and 6"):
+    with pytest.raises(ValueError, match=r"rows, tables, params: .* tensors; the program takes 2, 2 and 6"):
         load("native").reverse_sample(
             problem.program,
             problem.z,
