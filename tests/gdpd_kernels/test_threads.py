@@ -123,11 +123,12 @@ def test_no_threads_beside_torchs_own(count: int) -> None:
     problem, x = sample_problem(mlp(100, 256), batch=256).to(torch.float32), torch.randn(400, 400)
     with threads(count):
         (x @ x).relu().sum()
-        before = sorted(os.listdir(TASKS))
+        before = set(os.listdir(TASKS))
         for _ in range(5):
             (x @ x).relu().sum()
             problem.run("native")
-        assert sorted(os.listdir(TASKS)) == before
+        # Fewer there may be: a team that was larger once is sent home.
+        assert set(os.listdir(TASKS)) <= before
 
 
 @pytest.mark.skipif(not TASKS.exists(), reason="threads of a process are listed on Linux only")
