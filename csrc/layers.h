@@ -21,7 +21,7 @@ GK_INLINE V<T> reduce_lanes(V<T>* v) {
 template <class T>
 struct Activation {
   Kind kind;
-  T slope;
+  T slope;  // LeakyReLU's slope, ELU's alpha
 
   template <class F>
   static GK_INLINE void each(long n, F f) {
@@ -61,6 +61,15 @@ struct Activation {
         });
       case Kind::Tanh:
         return each(n, [=](long i) { store(y + i, vtanh(load(x + i))); });
+      case Kind::Elu: {
+        const T alpha = slope;
+        return each(n, [=](long i) {
+          const V<T> a = load(x + i);
+          store(y + i, V<T>(a > T(0) ? a : alpha * vexpm1_negative(a)));
+        });
+      }
+      case Kind::Softplus:
+        return each(n, [=](long i) { store(y + i, vsoftplus(load(x + i))); });
       default:
         return each(n, [=](long i) { store(y + i, vsigmoid(load(x + i))); });
     }
@@ -89,6 +98,10 @@ struct Activation {
       }
       case Kind::Tanh:
         return g * (T(1) - y * y);
+      case Kind::Elu:
+        return x > T(0) ? g : g * slope * vexp(V<T>(x > T(0) ? V<T>{} : x));
+      case Kind::Softplus:
+        return x > T(20) ? g : g * vsigmoid(x);
       default:
         return g * y * (T(1) - y);
     }
@@ -116,6 +129,8 @@ struct Activation {
       GK_CASE(Kind::Gelu)
       GK_CASE(Kind::GeluTanh)
       GK_CASE(Kind::Tanh)
+      GK_CASE(Kind::Elu)
+      GK_CASE(Kind::Softplus)
       default:
         GK_CASE(Kind::Sigmoid)
 #undef GK_CASE

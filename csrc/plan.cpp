@@ -189,6 +189,8 @@ std::vector<int> read_by_backward(const Op& op, Keep keep) {
     case Kind::Silu:
     case Kind::Gelu:
     case Kind::GeluTanh:
+    case Kind::Elu:
+    case Kind::Softplus:
     case Kind::Mul:
       return op.in;
     case Kind::Relu:

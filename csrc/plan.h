@@ -23,6 +23,8 @@ enum class Kind : int {
   GeluTanh,
   Tanh,
   Sigmoid,
+  Elu,
+  Softplus,
   Add,
   Mul,
   Affine,
@@ -37,7 +39,7 @@ struct Op {
   int width;              // of the result
   std::vector<int> in;    // value ids
   int param[4];           // weight, bias, mean, var: parameter index, or -1
-  double attr[2];         // eps | slope | scale, shift | start, stop
+  double attr[2];         // eps | slope | alpha | scale, shift | start, stop
   int stats = -1;         // BatchNorm: offset in the row of batch statistics
 };
 

@@ -134,6 +134,23 @@ GK_INLINE void vnormal(V<double> x, V<double>& distribution, V<double>& density)
   distribution = 0.5 * lanewise<::erfc>(x * -0.70710678118654752440);
   density = vexp(-0.5 * x * x) * 0.39894228040143267794;
 }
+
+// e^x − 1 for x <= 0, through tanh(x / 2), which keeps its digits near 0; what it gives for x > 0 is not used.
+template <class W>
+GK_INLINE W vexpm1_negative(W x) {
+  const W t = vtanh(W(x * 0.5f));
+  return t * 2.0f / (1.0f - t);
+}
+
+// ln(1 + e^x) = max(x, 0) + log1p(e^-|x|), and x above 20. log1p(e) = ln(u) e / (u − 1) with u = 1 + e as rounded.
+template <class W>
+GK_INLINE W vsoftplus(W x) {
+  const W e = vexp(W(x < 0.0f ? x : -x));
+  const W u = e + 1.0f, rounded = u - 1.0f;
+  const W low = rounded == 0.0f ? e : vlog(u) * e / rounded;
+  return x > 20.0f ? x : (x < 0.0f ? W{} : x) + low;
+}
+
 GK_INLINE void vcossin_turns(V<double> u, V<double>& cosine, V<double>& sine) {
   cosine = lanewise<::cos>(u * 6.28318530717958647693);
   sine = lanewise<::sin>(u * 6.28318530717958647693);

@@ -7,17 +7,20 @@ ordinary autograd. What depends on the state, or on time and condition together,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+import gdpd_kernels.activations  # noqa: F401  (it fills HANDLERS, as columns does)
+from gdpd_kernels.columns import seen
 from gdpd_kernels.operations import HANDLERS, HINTS, RANDOM, Obstacle, folded, name_of, shape_text, width
 from gdpd_kernels.program import DenoiserProgram, Op, ProgramError
 from gdpd_kernels.prologue import Prologue, PrologueBuilder
 from gdpd_kernels.tracing import Trace, Unexpected
+from gdpd_kernels.written_norms import Statistic, written_norm
 
 aten = torch.ops.aten
 
@@ -97,8 +100,7 @@ class Lowering:
                 self.tables.widths,
                 self.rows.widths,
                 self.params.shapes,
-                tuple(self.ops),
-                output,
+                *_without_unread(self.ops, output),
                 tuple(self.names),
             )
         except ProgramError as error:
@@ -144,12 +146,22 @@ class Lowering:
         name = name_of(node)
         if name.endswith("_") and not name.startswith("__"):
             name = name[:-1]
-        if name not in HANDLERS:
-            raise Obstacle(HINTS.get(name, "this operation has no counterpart in a program"))
         if not node.meta["grad"]:
             raise Obstacle("runs under torch.no_grad(), while a captured denoiser is differentiated throughout")
+        arguments = _arguments(node)
+        norm = written_norm(self, node, arguments) if self._holds_rows(node) else None
+        if norm is not None:
+            return norm
+        if name not in HANDLERS:
+            known = [self.values.get(source) for source in node.all_input_nodes]
+            statistic = next((value for value in known if isinstance(value, Statistic)), None)
+            raise Obstacle(str(statistic or HINTS.get(name, "this operation has no counterpart in a program")))
         self._check_result(node)
-        return HANDLERS[name](self, node, _arguments(node))
+        return HANDLERS[name](self, node, arguments)
+
+    def _holds_rows(self, node: fx.Node) -> bool:
+        values = _tensors(node.meta["val"])
+        return all(x.dim() > 0 and self.trace.is_batch(x.shape[0]) and x.dtype == self.trace.dtype for x in values)
 
     def _check_result(self, node: fx.Node) -> None:
         """A value of the program holds one row per sample, in the dtype of the state."""
@@ -220,24 +232,46 @@ class Lowering:
         if not self._in_program(node):
             value = node.meta["val"]
             batched = value.dim() > 0 and self.trace.is_batch(value.shape[0])
-            return self._external(node, value.shape[1 if batched or value.dim() > 1 else 0 :])
+            return self.external(node, value.shape[1 if batched or value.dim() > 1 else 0 :])
         if node is self.trace.z and node not in self.values:
             return "z"
         value = self.values.get(node)
         if isinstance(value, Obstacle):
             raise value
+        if isinstance(value, Statistic):
+            raise Obstacle(str(value))
         return value
 
     def operand_like(self, node: fx.Node, like: Tensor, scale: float = 1.0) -> str | None:
         """Operand of ``scale * node``, expanded to the shape of `like`: the result of an elementwise operation."""
         if not self._in_program(node):
-            return self._external(node, like.shape[1:], scale)
-        if folded(node.meta["val"]) != folded(like):
-            raise Obstacle(f"repeats {shape_text(node.meta['val'])} within a row, to {shape_text(like)}")
+            return self.external(node, like.shape[1:], scale)
+        value, sizes = node.meta["val"], tuple(like.shape[1:])
         operand = self.operand(node)
+        if folded(value) != folded(like):  # a value repeated within its row
+            operand = seen(self, operand, value, lambda row: row.expand(1, *sizes))
         return operand if scale == 1.0 else self.emit("affine", operand, attrs=(scale, 0.0))
 
-    def _external(self, node: fx.Node, sizes: Any, scale: float = 1.0) -> str:
+    def inverse(self, at: fx.Node, node: fx.Node) -> fx.Node:
+        """A node that holds one over `node`, in the state's dtype, taken where `at` runs."""
+        if self._in_program(node):
+            raise Obstacle("divides by a value that is made of the state, which has no counterpart in a program")
+        dtype = self.trace.dtype
+        if node.meta["val"].dtype != dtype:
+            node = self._before(at, node, aten._to_copy.default, dtype=dtype)
+        return self._before(at, node, aten.reciprocal.default)
+
+    def _before(self, at: fx.Node, node: fx.Node, operation: Any, **keywords: Any) -> fx.Node:
+        """A new node ``operation(node)`` in the trace, before `at`."""
+        with self.trace.graph.inserting_before(at):
+            made = self.trace.graph.call_function(operation, (node,), keywords)
+        value = operation(node.meta["val"], **keywords)
+        made.meta = {**at.meta, "val": value, "storage": value.untyped_storage()._cdata}
+        self.depends[made] = self.depends[node]
+        return made
+
+    def external(self, node: fx.Node, sizes: Any, scale: float = 1.0) -> str:
+        """Operand of ``scale * node``, expanded to rows of these sizes, for what no state enters: a table or a row."""
         sizes = tuple(map(int, sizes))
         if self.depends[node] == _COND:
             return f"r{self.rows.rows(node, sizes, scale)}"
@@ -275,6 +309,24 @@ class Lowering:
             return None
         self.ops.append(Op(kind, tuple(known), params, attrs))
         return f"%{len(self.ops)}"
+
+
+def _without_unread(ops: list[Op], output: str) -> tuple[tuple[Op, ...], str]:
+    """The operations and the output without what nobody reads, such as a half that a split leaves over.
+
+    Those with parameters stay, so that these have a gradient; and BatchNorms, for their statistics.
+    """
+    read = {output}
+    kept: list[int] = []
+    for number in range(len(ops), 0, -1):
+        op = ops[number - 1]
+        if f"%{number}" in read or op.kind == "batch_norm" or any(index is not None for index in op.params):
+            kept.insert(0, number)
+            read.update(op.inputs)
+    renamed = {f"%{old}": f"%{new}" for new, old in enumerate(kept, start=1)}
+    found = (ops[number - 1] for number in kept)
+    renumbered = tuple(replace(op, inputs=tuple(renamed.get(x, x) for x in op.inputs)) for op in found)
+    return renumbered, renamed.get(output, output)
 
 
 def _dependencies(trace: Trace) -> tuple[dict[fx.Node, int], dict[int, list[fx.Node]]]:

@@ -28,6 +28,8 @@ Handler = Callable[["Lowering", fx.Node, dict[str, Any]], Any]
 
 HANDLERS: dict[str, Handler] = {}
 
+MOST_PIECES = 256  # of one row, by slices; with more, a program would be slower than the module
+
 RANDOM = "it draws random numbers; call .eval() or set p = 0 (a fused sampler draws none)"
 HINTS = {
     "bernoulli": RANDOM,
@@ -92,9 +94,12 @@ def _mul(low: Lowering, node: fx.Node, a: dict[str, Any]) -> Operand:
 def _div(low: Lowering, node: fx.Node, a: dict[str, Any]) -> Operand:
     if a.get("rounding_mode") is not None:
         raise Obstacle("rounds its quotient")
-    if low.is_value(a["other"]):
-        raise Obstacle("divides by a tensor; multiply by its inverse, taken where it is made, instead")
-    return low.emit("affine", low.operand_like(a["self"], node.meta["val"]), attrs=(1.0 / number(a["other"]), 0.0))
+    x, y, like = a["self"], a["other"], node.meta["val"]
+    if low.is_value(y):
+        y = low.inverse(node, y)
+    if not low.is_value(y):
+        return low.emit("affine", low.operand_like(x, like), attrs=(1.0 / number(y), 0.0))
+    return low.emit("mul", low.operand_like(x, like), low.operand_like(y, like))
 
 
 @handles("neg")
@@ -103,10 +108,14 @@ def _neg(low: Lowering, node: fx.Node, a: dict[str, Any]) -> Operand:
 
 
 @handles("pow", "square")
-def _square(low: Lowering, node: fx.Node, a: dict[str, Any]) -> Operand:
-    if a.get("exponent", 2) != 2:
-        raise Obstacle(f"the exponent is {a['exponent']}; only squares have a counterpart in a program")
-    return low.emit("mul", low.operand(a["self"]), low.operand(a["self"]))
+def _power(low: Lowering, node: fx.Node, a: dict[str, Any]) -> Operand:
+    exponent = a.get("exponent", 2)
+    if low.is_value(exponent) or number(exponent) not in (1, 2, 3, 4):
+        raise Obstacle(f"the exponent is {exponent}; only 1, 2, 3 and 4 have a counterpart in a program")
+    x = power = low.operand(a["self"])
+    for _ in range(int(number(exponent)) - 1):
+        power = low.emit("mul", power, x)
+    return power
 
 
 @handles("addcmul")
@@ -117,29 +126,23 @@ def _addcmul(low: Lowering, node: fx.Node, a: dict[str, Any]) -> Operand:
     return low.emit("add", low.operand_like(a["self"], like), product)
 
 
-# --- activations ------------------------------------------------------------------------------------------------------
+@handles("addcdiv")
+def _addcdiv(low: Lowering, node: fx.Node, a: dict[str, Any]) -> Operand:
+    like = node.meta["val"]
+    left = low.operand_like(a["tensor1"], like, number(a.get("value", 1)))
+    product = low.emit("mul", left, low.operand_like(low.inverse(node, a["tensor2"]), like))
+    return low.emit("add", low.operand_like(a["self"], like), product)
 
 
-@handles("relu", "silu", "tanh", "sigmoid")
-def _activation(low: Lowering, node: fx.Node, a: dict[str, Any]) -> Operand:
-    return low.emit(name_of(node).removesuffix("_"), low.operand(a["self"]))
-
-
-@handles("gelu")
-def _gelu(low: Lowering, node: fx.Node, a: dict[str, Any]) -> Operand:
-    return low.emit("gelu_tanh" if a.get("approximate") == "tanh" else "gelu", low.operand(a["self"]))
-
-
-@handles("leaky_relu")
-def _leaky_relu(low: Lowering, node: fx.Node, a: dict[str, Any]) -> Operand:
-    return low.emit("leaky_relu", low.operand(a["self"]), attrs=(number(a.get("negative_slope", 0.01)),))
-
-
-@handles("clamp", "clamp_min")
-def _clamp(low: Lowering, node: fx.Node, a: dict[str, Any]) -> Operand:
-    if a.get("min") != 0 or a.get("max") is not None:
-        raise Obstacle("clamping has no counterpart in a program, but for clamp(min=0)")
-    return low.emit("relu", low.operand(a["self"]))
+@handles("lerp")
+def _lerp(low: Lowering, node: fx.Node, a: dict[str, Any]) -> Operand:
+    """x + w (y − x)"""
+    like, weight = node.meta["val"], a["weight"]
+    start, end = low.operand_like(a["self"], like), low.operand_like(a["end"], like)
+    way = low.emit("add", end, low.emit("affine", start, attrs=(-1.0, 0.0)))
+    if low.is_value(weight):
+        return low.emit("add", start, low.emit("mul", way, low.operand_like(weight, like)))
+    return low.emit("add", start, low.emit("affine", way, attrs=(number(weight), 0.0)))
 
 
 # --- products ---------------------------------------------------------------------------------------------------------
@@ -184,8 +187,8 @@ def _linear(low: Lowering, x: fx.Node, weight: int | None, bias: int | None) -> 
 def _convolution(low: Lowering, node: fx.Node, a: dict[str, Any]) -> Operand:
     """A convolution on a map of one point: of the kernel, only the tap above that point ever meets data."""
     x, weight = a["input"].meta["val"], a["weight"]
-    if a["transposed"] or a["groups"] != 1:
-        raise Obstacle("grouped and transposed convolutions have no counterpart in a program")
+    if a["transposed"]:
+        raise Obstacle("transposed convolutions have no counterpart in a program")
     if any(size != 1 for size in (*x.shape[2:], *node.meta["val"].shape[2:])):
         raise Obstacle(f"convolves {shape_text(x)}; only maps of one point are vectors")
     views = []
@@ -194,7 +197,17 @@ def _convolution(low: Lowering, node: fx.Node, a: dict[str, Any]) -> Operand:
         if rest or tap >= size:
             raise Obstacle(f"padding {padding} keeps its kernel of {size} off the only point of the map")
         views.append((aten.select.int, 2, tap))
-    return _linear(low, a["input"], low.param(weight, *views), low.param(a["bias"]))
+    groups, operand = a["groups"], low.operand(a["input"])
+    if groups == 1:
+        return low.emit("linear", operand, params=(low.param(weight, *views), low.param(a["bias"])))
+    check_pieces(groups)
+    taken, made = x.shape[1] // groups, weight.meta["val"].shape[0] // groups
+    parts = []
+    for g in range(groups):
+        rows = (aten.slice.Tensor, 0, g * made, (g + 1) * made)
+        part = low.emit("slice", operand, attrs=(g * taken, (g + 1) * taken))
+        parts.append(low.emit("linear", part, params=(low.param(weight, rows, *views), low.param(a["bias"], rows))))
+    return low.emit("concat", *parts)
 
 
 # --- norms ------------------------------------------------------------------------------------------------------------
@@ -222,104 +235,53 @@ def _batch_norm(low: Lowering, node: fx.Node, a: dict[str, Any]) -> Operand:
 
 @handles("native_layer_norm")
 def _layer_norm(low: Lowering, node: fx.Node, a: dict[str, Any]) -> list[Operand]:
-    _check_whole_row(a["input"].meta["val"], a["normalized_shape"])
-    params = low.param(a["weight"], *_as_vector(a["weight"])), low.param(a["bias"], *_as_vector(a["bias"]))
-    return [low.emit("layer_norm", low.operand(a["input"]), params=params, attrs=(number(a["eps"]),))]
+    groups = _groups(a["input"].meta["val"], a["normalized_shape"])
+    return [_row_norm(low, "layer_norm", a["input"], [a["weight"], a["bias"]], number(a["eps"]), groups)]
 
 
 @handles("native_group_norm")
 def _group_norm(low: Lowering, node: fx.Node, a: dict[str, Any]) -> list[Operand]:
-    if a["group"] != 1 or a["HxW"] != 1:
-        raise Obstacle("only one group over a vector (which is LayerNorm) is supported")
-    params = low.param(a["weight"]), low.param(a["bias"])
-    return [low.emit("layer_norm", low.operand(a["input"]), params=params, attrs=(number(a["eps"]),))]
+    if a["HxW"] != 1:
+        raise Obstacle(f"normalises {shape_text(a['input'].meta['val'])}; only vectors [batch, features] are supported")
+    return [_row_norm(low, "layer_norm", a["input"], [a["weight"], a["bias"]], number(a["eps"]), a["group"])]
 
 
 @handles("rms_norm")
 def _rms_norm(low: Lowering, node: fx.Node, a: dict[str, Any]) -> Operand:
-    x, weight = a["input"].meta["val"], a.get("weight")
-    _check_whole_row(x, a["normalized_shape"])
+    x = a["input"].meta["val"]
+    groups = _groups(x, a["normalized_shape"])
     eps = torch.finfo(x.dtype).eps if a.get("eps") is None else number(a["eps"])
-    params = (low.param(weight, *_as_vector(weight)),)
-    return low.emit("rms_norm", low.operand(a["input"]), params=params, attrs=(eps,))
+    return _row_norm(low, "rms_norm", a["input"], [a.get("weight")], eps, groups)
 
 
-def _check_whole_row(x: Tensor, normalized_shape: Iterable[int]) -> None:
-    if reduce(operator.mul, normalized_shape, 1) != width(x):
-        raise Obstacle(f"normalises {tuple(normalized_shape)} of {shape_text(x)}; only whole rows are supported")
+def _groups(x: Tensor, normalized_shape: Iterable[int]) -> int:
+    """Into how many parts, each normalised by itself, a row falls."""
+    size: int = reduce(operator.mul, normalized_shape, 1)
+    return int(width(x)) // size
+
+
+def _row_norm(
+    low: Lowering, kind: str, x: fx.Node, affine: list[fx.Node | None], eps: float, groups: int
+) -> Operand:
+    """A norm of whole rows; or of groups of adjoining columns, each alone, with the weights after that."""
+    operand, value = low.operand(x), x.meta["val"]
+    if groups == 1:
+        params = tuple(low.param(param, *_as_vector(param)) for param in affine)
+        return low.emit(kind, operand, params=params, attrs=(eps,))
+    check_pieces(groups)
+    size, nothing = width(value) // groups, (None,) * len(affine)
+    parts = [low.emit("slice", operand, attrs=(g * size, (g + 1) * size)) for g in range(groups)]
+    operand = low.emit("concat", *(low.emit(kind, part, params=nothing, attrs=(eps,)) for part in parts))
+    channels = affine[0] is not None and affine[0].meta["val"].numel() == width(value)
+    sizes = (width(value),) if channels else value.shape[1:]
+    for param, step in zip(affine, ("mul", "add"), strict=False):
+        if param is not None:
+            operand = low.emit(step, operand, low.external(param, sizes))
+    return operand
 
 
 def _as_vector(param: fx.Node | None) -> list[tuple[Any, ...]]:
     return [] if param is None or param.meta["val"].dim() == 1 else [(aten.reshape.default, [-1])]
-
-
-# --- shapes -----------------------------------------------------------------------------------------------------------
-
-
-@handles("detach")
-def _detach(low: Lowering, node: fx.Node, a: dict[str, Any]) -> Operand:
-    raise Obstacle("cuts the gradient (.detach()), which a captured denoiser would not")
-
-
-@handles("slice")
-def _slice(low: Lowering, node: fx.Node, a: dict[str, Any]) -> Operand:
-    # As text: comparing symbols would decide them.
-    if str(a["self"].meta["val"].shape) == str(node.meta["val"].shape):
-        return low.operand(a["self"])
-    return _columns(low, a["self"], a["dim"], a.get("start"), a.get("end"), a.get("step", 1))
-
-
-@handles("select")
-def _select(low: Lowering, node: fx.Node, a: dict[str, Any]) -> Operand:
-    dim = a["dim"] % a["self"].meta["val"].dim()
-    index = a["index"] % a["self"].meta["val"].shape[dim] if dim else 0
-    return _columns(low, a["self"], dim, index, index + 1)
-
-
-@handles("split", "split_with_sizes", "unbind")
-def _split(low: Lowering, node: fx.Node, a: dict[str, Any]) -> list[Operand]:
-    source = a["self"].meta["val"]
-    dim, first, parts = a.get("dim", 0) % source.dim(), 0, []
-    for part in node.meta["val"]:
-        size = part.shape[dim] if part.dim() == source.dim() else 1
-        parts.append(_columns(low, a["self"], dim, first, first + size))
-        first += size
-    return parts
-
-
-def _columns(low: Lowering, source: fx.Node, dim: int, start: Any, stop: Any, step: int = 1) -> Operand:
-    """The columns start:stop of dimension `dim`, as columns of the row."""
-    x = source.meta["val"]
-    dim %= x.dim()
-    first, last, _ = slice(start, stop).indices(x.shape[dim]) if dim else (0, 0, 1)
-    if dim and step == 1 and (first, last) == (0, x.shape[dim]):
-        return low.operand(source)
-    if dim == 0 or step != 1 or any(size != 1 for size in x.shape[1:dim]):
-        raise Obstacle(f"takes a part of dimension {dim} of {shape_text(x)}, which is not adjoining columns")
-    inner = reduce(operator.mul, x.shape[dim + 1 :], 1)
-    return low.emit("slice", low.operand(source), attrs=(first * inner, last * inner))
-
-
-@handles("cat", "stack")
-def _cat(low: Lowering, node: fx.Node, a: dict[str, Any]) -> Operand:
-    x = node.meta["val"]
-    dim = a.get("dim", 0) % x.dim()
-    if dim == 0 or any(size != 1 for size in x.shape[1:dim]):
-        raise Obstacle(f"joins to {shape_text(x)} along dimension {dim}, which does not append columns")
-    return low.emit("concat", *(low.operand(part) for part in a["tensors"]))
-
-
-@handles("view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze", "alias", "clone", "_to_copy")
-@handles("lift_fresh", "expand", "t", "transpose", "permute", "mean", "sum", "amax", "_adaptive_avg_pool2d")
-def _same_row(low: Lowering, node: fx.Node, a: dict[str, Any]) -> Operand:
-    """Operations that at most rearrange memory; the reductions among them run over dimensions of size 1."""
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    before, after = source.meta["val"], node.meta["val"]
-    keeps_order = name_of(node) not in ("expand", "t", "transpose", "permute") or folded(before) == folded(after)
-    if width(before) != width(after) or not keeps_order:
-        raise Obstacle(f"turns {shape_text(before)} into {shape_text(after)}, which is not the same row of numbers")
-    return low.operand(source)
 
 
 # --- reading nodes ----------------------------------------------------------------------------------------------------
@@ -329,6 +291,12 @@ def name_of(node: fx.Node) -> str:
     """Name of the operation that a node calls, without its namespace: ``aten.add.Tensor`` is ``add``."""
     schema = getattr(node.target, "_schema", None)
     return schema.name.split("::")[1] if schema is not None else getattr(node.target, "__name__", str(node.target))
+
+
+def check_pieces(count: int) -> None:
+    """Raises Obstacle where a row would have to be taken apart into more pieces than a program is good for."""
+    if count > MOST_PIECES:
+        raise Obstacle(f"takes a row apart into {count} pieces; at most {MOST_PIECES} are supported")
 
 
 def number(value: Any) -> float:

@@ -55,6 +55,10 @@ KINDS: dict[str, _Kind] = {
     "gelu_tanh": _Kind(1),
     "tanh": _Kind(1),
     "sigmoid": _Kind(1),
+    # x where x > 0, else alpha (e^x − 1) (Clevert et al., 2016)
+    "elu": _Kind(1, attrs=("alpha",)),
+    # ln(1 + e^x), and x itself above 20, as torch has it
+    "softplus": _Kind(1),
     "add": _Kind(2),
     "mul": _Kind(2),
     # y = scale x + shift, both numbers

@@ -34,6 +34,8 @@ _KINDS = (
     "gelu_tanh",
     "tanh",
     "sigmoid",
+    "elu",
+    "softplus",
     "add",
     "mul",
     "affine",

@@ -22,6 +22,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
+    "softplus": F.softplus,
 }
 
 
@@ -110,6 +111,8 @@ def _apply(
         return _ACTIVATIONS[op.kind](x)
     if op.kind == "leaky_relu":
         return F.leaky_relu(x, op.attr("slope"))
+    if op.kind == "elu":
+        return F.elu(x, op.attr("alpha"))
     if op.kind == "add":
         return x + operands[1]
     if op.kind == "mul":

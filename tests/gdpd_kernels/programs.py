@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from gdpd_kernels.program import KINDS, DenoiserProgram, Op
 
 SIZES = (1, 2, 31, 33, 100, 257)
-ACTIVATIONS = ("relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "tanh", "sigmoid")
+ACTIVATIONS = ("relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "tanh", "sigmoid", "elu", "softplus")
 # Two numbers normalised are −1 and 1, and a gradient through that is mostly rounding, however it is computed: programs
 # that normalise one or two numbers are tested with an eps that keeps them away from there.
 USUAL_EPS, NARROW_EPS = 1e-5, 0.1
@@ -58,7 +58,7 @@ class Builder:
         return self.op(kind, x, params=params, attrs=(self.eps,))
 
     def activation(self, kind: str, x: str) -> str:
-        return self.op(kind, x, attrs=(0.1,) if kind == "leaky_relu" else ())
+        return self.op(kind, x, attrs={"leaky_relu": (0.1,), "elu": (0.7,)}.get(kind, ()))
 
     def slice(self, x: str, start: int, stop: int) -> str:
         return self.op("slice", x, attrs=(start, stop), width=stop - start)
@@ -135,6 +135,7 @@ def every_operation(features: int, eps: float = USUAL_EPS) -> DenoiserProgram:
     h = b.norm("rms_norm", b.op("add", h, b.slice(both, 40, 80)))
     b.op("tanh", h)  # read by nobody
     h = b.activation("leaky_relu", b.activation("tanh", h))
+    h = b.activation("softplus", b.activation("elu", h))
     h = b.concat(b.activation("sigmoid", b.activation("gelu_tanh", h)), skip)
     h = b.norm("batch_norm_eval", b.activation("relu", b.slice(h, 10, 38)))
     h = b.norm("batch_norm", b.linear(h, 30), weight=False, bias=False)

@@ -42,6 +42,8 @@ DEFINITIONS: dict[str, tuple[Callable[[], Tensor], list[Tensor], tuple[float, ..
     "gelu_tanh": (lambda: X / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (X + 0.044715 * X**3))), [], ()),
     "tanh": (lambda: (X.exp() - (-X).exp()) / (X.exp() + (-X).exp()), [], ()),
     "sigmoid": (lambda: 1 / (1 + (-X).exp()), [], ()),
+    "elu": (lambda: X.clamp_min(0) + 0.7 * (X.clamp_max(0).exp() - 1), [], (0.7,)),
+    "softplus": (lambda: (1 + X.exp()).log(), [], ()),
     "add": (lambda: X + Y, [], ()),
     "mul": (lambda: X * Y, [], ()),
     "affine": (lambda: 2 * X - 1, [], (2.0, -1.0)),
