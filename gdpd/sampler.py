@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gdpd.pipeline import DDIMPipeline
 from gdpd_kernels import DDIMTable
+
+__all__ = ["DDIMPipeline", "noise_fused_init", "trajectory"]
 
 
 def noise_fused_init(z_short: Tensor, alpha: Tensor | float, eps: Tensor) -> Tensor:

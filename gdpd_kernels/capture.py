@@ -22,8 +22,8 @@ from gdpd_kernels.backends import reference
 from gdpd_kernels.lowering import CaptureError, Lowered, lower
 from gdpd_kernels.program import DenoiserProgram
 from gdpd_kernels.prologue import Prologue
-from gdpd_kernels.tracing import Leaf, Trace, trace
-from gdpd_kernels.watch import Reader, Watch
+from gdpd_kernels.tracing import Leaf, Trace, prediction_of, trace
+from gdpd_kernels.watch import Reader, Watch, hook_obstacles
 
 __all__ = ["CaptureError", "CapturedDenoiser", "capture"]
 
@@ -189,11 +189,13 @@ def capture(
 
     The module's forward is run once on tensors without data, in its present mode (train or eval, per submodule), and
     the result is checked against the module on random numbers. Captures are cached; a layer replaced, a mode
-    switched, ``.to(...)``, a plain attribute set to another value are noticed at the next call.
+    switched, ``.to(...)``, a plain attribute set to another value, a hook are noticed at the next call. A module with
+    hooks on its calls is not captured, since a program makes no calls that they could see.
 
     Args:
         module: ``module(z, t)``, or ``module(z, t, cond)``, with z [batch, features] and t int64 [batch] (or, for
-            modules that take no vector there, 0-d), that returns a prediction of z's shape.
+            modules that take no vector there, 0-d), that returns a prediction of z's shape, or an object with the
+            prediction as its ``sample``, as models of diffusers do.
         features: width of z; inferred from the layers if None.
         cond_features: width of the condition; None for a denoiser that takes none.
         map_input: z is a 1 × 1 map [batch, features, 1, 1], as in the releases of DiffKD and GDPD.
@@ -244,6 +246,9 @@ def _make(module: nn.Module, key: tuple[Any, ...]) -> _Plan | _Failure:
     for name, value in (("features", features), ("cond_features", cond_features)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} is {value!r}; a width is an integer of at least 1, or None")
+    hooks = hook_obstacles(module)
+    if hooks:
+        return _Failure(module, key, CaptureError(hooks))
     candidates = [features] if features is not None else list(dict.fromkeys(_widths(module)))[:_GUESSES]
     errors: list[CaptureError] = []
     for width in candidates:
@@ -331,7 +336,9 @@ def _run_shadow(
     arguments = [z[:, :, None, None] if map_input else z, steps if traced.t_per_row else steps[0]]
     if cond is not None:
         arguments.append(cond)
-    return torch.func.functional_call(traced.shadow, tensors, tuple(arguments)).flatten(1)
+    output = torch.func.functional_call(traced.shadow, tensors, tuple(arguments))
+    found: Tensor = prediction_of(output)
+    return found.flatten(1)
 
 
 def _run_program(captured: CapturedDenoiser, inputs: list[Tensor | None], steps: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from gdpd_kernels.passes import Rewrite, fold_batch_norm_eval, fold_time_tables
 from gdpd_kernels.philox import philox_normal, philox_words
 from gdpd_kernels.program import DenoiserProgram
 from gdpd_kernels.schedule import DDIMTable
+from gdpd_kernels.tracing import prediction_of
 
 Denoiser = nn.Module | CapturedDenoiser
 
@@ -364,7 +365,7 @@ def _model(denoiser: nn.Module, cond: Tensor | None, compute: torch.dtype) -> Ca
 
     def predict(z: Tensor, t: Tensor) -> Tensor:
         with torch.autocast(z.device.type, dtype=compute, enabled=compute != z.dtype):
-            predicted = denoiser(z, t) if cond is None else denoiser(z, t, cond)
+            predicted = prediction_of(denoiser(z, t) if cond is None else denoiser(z, t, cond))
         if not isinstance(predicted, Tensor) or predicted.shape != z.shape:
             got = tuple(predicted.shape) if isinstance(predicted, Tensor) else type(predicted).__name__
             raise ValueError(f"denoiser: returned {got}; expected a prediction of shape {tuple(z.shape)}")

@@ -149,7 +149,7 @@ def ddim_table(
     timestep_spacing: str = "leading",
     steps_offset: int = 0,
     set_alpha_to_one: bool = True,
-    previous: str = "next",
+    previous: str | int = "next",
 ) -> DDIMTable:
     """Coefficients of the unclipped DDIM update (Song et al. 2021, arXiv 2010.02502, eqs. 12 and 16).
 
@@ -178,7 +178,8 @@ def ddim_table(
         steps_offset: added to each entry of a ``"leading"`` grid.
         set_alpha_to_one: the last step lands on alpha_bar = 1; if False, on alpha_bar of training step 0.
         previous: where a step lands: ``"next"`` entry of the grid, or ``"stride"``: training step t - T//n,
-            and as the last step does where that is negative.
+            and as the last step does where that is negative. An integer is a stride of so many training steps, for
+            a list that is a part of a longer grid.
 
     Returns:
         A :class:`DDIMTable` with K = ``num_inference_steps`` (or ``len(timesteps)``) steps.
@@ -188,7 +189,10 @@ def ddim_table(
             coefficients are not finite (noise prediction at alpha_bar = 0, x0 prediction at alpha_bar = 1).
     """
     _lookup("window", window, {name: name for name in _WINDOWS})
-    _lookup("previous", previous, {name: name for name in _PREVIOUS})
+    if isinstance(previous, str):
+        _lookup("previous", previous, {name: name for name in _PREVIOUS})
+    elif isinstance(previous, bool) or not isinstance(previous, int) or previous < 1:
+        raise ValueError(f"previous is {previous!r}; known: 'next', 'stride', or a stride of at least 1 training step")
     kind = _lookup("prediction", prediction, _PREDICTIONS)
     if not (math.isfinite(eta) and eta >= 0.0):
         raise ValueError(f"eta is {eta}; it must be a finite number, 0 (deterministic) or more")
@@ -210,6 +214,8 @@ def ddim_table(
             )
         stride = len(alpha_bar) // max(len(grid), 1)
     _check_grid(grid, len(alpha_bar))
+    if isinstance(previous, int):
+        stride = previous
 
     final = 1.0 if set_alpha_to_one else alpha_bar[0]
     here = [alpha_bar[t] for t in grid]

@@ -162,6 +162,12 @@ def trace(module: nn.Module, features: int, cond_features: int | None, map_input
     return found
 
 
+def prediction_of(output: Any) -> Any:
+    """What a denoiser predicts: what it returns, or the ``sample`` of it, as models of diffusers have it."""
+    sample = None if isinstance(output, Tensor) else getattr(output, "sample", None)
+    return sample if isinstance(sample, Tensor) else output
+
+
 def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
@@ -261,6 +267,7 @@ class _Recorder(TorchDispatchMode):
         self.kept += [shadow, memo]
 
     def finish(self, output: Any) -> None:
+        output = prediction_of(output)
         if isinstance(output, Tensor):
             self.trace.output = self._node(output)
         else:

@@ -38,7 +38,29 @@ _DESCRIPTIVE = frozenset(
         "output_padding",
     ]
 )
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Hooks of every module there is, as tools register them that count modules or operations.
+_GLOBAL_HOOKS: tuple[dict[Any, Any], ...] = tuple(getattr(torch.nn.modules.module, f"_global{name}") for name in _HOOKS)
+# Pre-hooks of torch's own that only compute a weight from parameters, which capture reads like any other arithmetic.
+_WEIGHT_HOOKS = ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm", "torch.nn.utils.prune")
+
+
+def hook_obstacles(module: nn.Module) -> list[str]:
+    """The hooks on a module's calls that a captured program, which makes none, would leave out: a line for each."""
+    everywhere = [name for name, store in zip(_HOOKS, _GLOBAL_HOOKS, strict=True) if store]
+    found = [f"every module: has a global {_readable(name)}" for name in everywhere]
+    for path, submodule in module.named_modules():
+        for name in _HOOKS:
+            for hook in vars(submodule)[name].values():
+                if type(hook).__module__ not in _WEIGHT_HOOKS:
+                    place = f"{path or 'the module'} ({type(submodule).__name__})"
+                    found.append(f"{place}: has a {_readable(name)}, which is called only where the module itself runs")
+    return found
+
+
+def _readable(store: str) -> str:
+    """`_forward_pre_hooks` as people write it."""
+    return store.strip("_").removesuffix("s").replace("_", " ")
 
 
 class Reader:
@@ -79,9 +101,9 @@ class Watch:
             if (space[store] or not _is_torch(submodule)) and not _is_statistics(submodule, store)
         ]
         self.content = tuple(chain.from_iterable(map(dict.values, self.stores)))
-        self.hook_stores = [space[hooks] for space in spaces for hooks in _HOOKS]
-        self.hooks = tuple(map(len, self.hook_stores))
+        self.hook_stores = [*(space[hooks] for space in spaces for hooks in _HOOKS), *_GLOBAL_HOOKS]
         self.hooked = any(self.hook_stores)
+        self.hooks = self._hooks()
         ignored = set(ignored)
         attributes = [
             (space, key, f"{path}.{key}".lstrip("."))
@@ -109,7 +131,7 @@ class Watch:
             content = tuple(chain.from_iterable(map(dict.values, self.stores)))
             if (
                 tuple(map(getitem, self.attribute_stores, self.attribute_keys)) != self.attributes
-                or (tuple(map(len, self.hook_stores)) != self.hooks if self.hooked else any(self.hook_stores))
+                or (self._hooks() != self.hooks if self.hooked else any(self.hook_stores))
                 or len(content) != len(self.content)
             ):
                 return False
@@ -119,6 +141,9 @@ class Watch:
             return (same or self._adopt(content)) and self._kind() == self.kind
         except KeyError:
             return False
+
+    def _hooks(self) -> tuple[Any, ...]:
+        return tuple(chain.from_iterable(map(dict.values, self.hook_stores)))
 
     def _adopt(self, content: tuple[Any, ...]) -> bool:
         """Take other tensors for the old ones, if they have the same shapes, dtypes, devices and ties."""

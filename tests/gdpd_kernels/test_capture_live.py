@@ -64,7 +64,6 @@ CHANGES: dict[str, Callable[[Net], object]] = {
     "dtype": lambda net: net.float(),
     "bias removed": lambda net: net.body[0].register_parameter("bias", None),
     "width": lambda net: (net.body.insert(3, linear(WIDTH, 9).double()), setattr(net.body, "4", linear(9).double())),
-    "hook": lambda net: net.body[2].register_forward_hook(lambda module, args, out: out * 2),
     "forward of another class": lambda net: net.body.__setitem__(3, nn.Sequential(linear(bias=False)).double()),
 }
 
@@ -79,6 +78,37 @@ def test_changes_of_the_module_are_noticed(name: str) -> None:
     z, t = inputs()
     z = z.to(net.e.weight.dtype)
     torch.testing.assert_close(run_captured(renewed, z, t), copy.deepcopy(net)(z, t))
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre", "module_forward"])
+def test_a_module_with_hooks_is_not_captured_until_they_are_gone(kind: str) -> None:
+    net = simple()
+    captured = capture(net, WIDTH)
+    owner = nn.modules.module if kind == "module_forward" else net.body[2]
+    handle = getattr(owner, f"register_{kind}_hook")(lambda *_: pytest.fail("capturing must call no hook"))
+    try:
+        place = "every module" if kind == "module_forward" else r"body\.2 \(ReLU\)"
+        with pytest.raises(CaptureError, match=f"{place}: has a .*hook"):
+            captured.current()
+        with pytest.raises(CaptureError, match="hook"):
+            capture(net, WIDTH)
+    finally:
+        handle.remove()
+    assert captured.current() is captured
+
+
+def test_hooks_that_compute_a_weight_are_captured_and_their_exchange_is_noticed() -> None:
+    net = Net(lambda s, z, t: s.a(z), a=nn.utils.weight_norm(linear(), dim=0)).double()
+    z, t = inputs()
+    captured = capture(net, WIDTH)
+    torch.testing.assert_close(run_captured(captured, z, t), net(z, t))
+    with torch.no_grad():
+        net.a.weight_g.mul_(3)
+    torch.testing.assert_close(run_captured(captured.current(), z, t), net(z, t))
+    nn.utils.remove_weight_norm(net.a)
+    nn.utils.weight_norm(net.a, dim=1)
+    assert captured.current() is not captured
+    torch.testing.assert_close(run_captured(captured.current(), z, t), net(z, t))
 
 
 def test_a_plain_tensor_attribute_is_watched() -> None:

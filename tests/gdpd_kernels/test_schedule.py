@@ -161,6 +161,13 @@ def test_uneven_list_steps_to_its_next_entry_and_ends_at_one() -> None:
     assert table.alpha_bar_prev == (*levels[[37, 5]].tolist(), 1.0)
 
 
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_a_part_of_a_grid_walked_with_the_grids_stride_is_that_part_of_the_table(spacing: str) -> None:
+    whole = ddim_table(num_inference_steps=14, timestep_spacing=spacing, previous="stride")
+    part = ddim_table(timesteps=whole.timesteps[7:], previous=1000 // 14)
+    assert part.coefficients == whole.coefficients[7:]
+
+
 def test_aliases_name_the_same_table() -> None:
     assert ddim_table(prediction="v_prediction") == ddim_table(prediction="v")
     assert ddim_table(beta_schedule="squaredcos_cap_v2") == ddim_table(beta_schedule="cosine")
@@ -193,6 +200,8 @@ def test_defaults_are_five_steps_of_a_thousand() -> None:
         ({"prediction": "score"}, "prediction is 'score'"),
         ({"timestep_spacing": "karras"}, "timestep_spacing is 'karras'"),
         ({"previous": "t-1"}, "previous is 't-1'"),
+        ({"previous": 0}, "previous is 0"),
+        ({"previous": True}, "previous is True"),
         ({"eta": -0.1}, "eta is -0.1"),
         ({"eta": float("nan")}, "eta is nan"),
         ({"eta": 3.0}, "use an eta of at most 1"),
