@@ -49,13 +49,13 @@ def auc_prc(y: Any, proba: Any, classes: Any = None, *, method: str = "average_p
 
     Raises:
         ValueError: shapes that do not fit, NaN, a label outside the classes, an unknown method.
-        ImportError: scikit-learn is missing.
+        ImportError: ``method="trapezoid"`` without scikit-learn.
     """
     codes, proba = _checked(y, proba, classes)
-    sklearn_metrics = _sklearn_metrics()
     if method == "average_precision":
-        area = sklearn_metrics.average_precision_score
+        area = average_precision
     elif method == "trapezoid":
+        sklearn_metrics = _sklearn_metrics()
 
         def area(positive: np.ndarray, score: np.ndarray) -> float:
             precision, recall, _ = sklearn_metrics.precision_recall_curve(positive, score)
@@ -64,6 +64,23 @@ def auc_prc(y: Any, proba: Any, classes: Any = None, *, method: str = "average_p
         raise ValueError(f"method={method!r} is not 'average_precision' or 'trapezoid'")
     present = _present(codes, proba.shape[1], "auc_prc")
     return 100.0 * float(np.mean([area(codes == c, proba[:, c]) for c in present]))
+
+
+def average_precision(positive: np.ndarray, score: np.ndarray) -> float:
+    """Average precision AP = sum_n (R_n − R_{n−1}) P_n over the thresholds of ``score``, 0..1.
+
+    scikit-learn's function of that name takes milliseconds to look at its arguments, more than a training step of a
+    small network, and training asks for this score after every epoch.
+
+    Args:
+        positive: bool ``(n,)`` with at least one True.
+        score: ``(n,)``, higher for positives; equal scores share one threshold.
+    """
+    order = np.argsort(-score, kind="stable")
+    ranked = score[order]
+    thresholds = np.append(np.flatnonzero(ranked[1:] != ranked[:-1]), len(ranked) - 1)
+    found = np.cumsum(positive[order])[thresholds]  # true positives at each threshold
+    return float((np.diff(found, prepend=0) * (found / (thresholds + 1.0))).sum() / found[-1])
 
 
 def roc_auc(y: Any, proba: Any, classes: Any = None) -> float:
@@ -161,7 +178,7 @@ def _sklearn_metrics() -> Any:
         import sklearn.metrics as metrics
     except ImportError as error:
         raise ImportError(
-            'AUC-PRC and ROC-AUC need scikit-learn; install it with: pip install "gdpd-kernels[data]"'
+            'ROC-AUC and the trapezoid AUC-PRC need scikit-learn; install it with: pip install "gdpd-kernels[data]"'
         ) from error
     return metrics
 

@@ -28,6 +28,7 @@ from gdpd_kernels.capture import CapturedDenoiser, CaptureError, capture
 from gdpd_kernels.passes import Rewrite, fold_batch_norm_eval, fold_time_tables
 from gdpd_kernels.philox import philox_normal, philox_words
 from gdpd_kernels.program import DenoiserProgram
+from gdpd_kernels.ranges import ranged
 from gdpd_kernels.schedule import DDIMTable
 from gdpd_kernels.tracing import prediction_of
 
@@ -44,6 +45,7 @@ FOLDING_PAYS_FROM = 16384
 _TIMESTEP_DRAW = 2**32 - 1  # Philox step that no noise uses
 
 
+@ranged("reverse_sample")
 def reverse_sample(
     denoiser: Denoiser,
     z_short: Tensor,
@@ -140,6 +142,7 @@ def reverse_sample(
     return z_hat if num_samples is None else z_hat.view(samples, batch, features)
 
 
+@ranged("prior_loss")
 def prior_loss(
     denoiser: Denoiser,
     z_long: Tensor,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning_fabric import Fabric
-from torch import Tensor, nn
+from torch import Tensor
 
 from gdpd import metrics
 from gdpd.config import RunConfig
@@ -25,7 +25,9 @@ from gdpd.distillers import Distiller
 from gdpd.training.checkpoint import Checkpoint, CheckpointStore
 from gdpd.training.history import History, Progress
 from gdpd.training.selection import Selection
+from gdpd.training.step import TrainingStep
 from gdpd.training.tensors import Series, TrainingSet, batches, outputs
+from gdpd_kernels.ranges import span
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -68,11 +70,10 @@ def fit(
     Raises:
         TrainingDiverged: the loss or a parameter is no longer finite.
     """
-    optimizer = _optimizer(distiller, config)
-    module, wrapped = fabric.setup(distiller, optimizer)
+    step = TrainingStep(distiller, config, fabric)
     found = store.load(stage) if store is not None else None
     if found is not None:
-        _restore(found, distiller, optimizer, selection)
+        _restore(found, distiller, step.optimizer, selection)
     start = 0 if found is None else found.epoch
     if fabric.is_global_zero:
         history.rewind(stage, start)
@@ -85,9 +86,8 @@ def fit(
         for epoch in range(start, epochs):
             began = time.perf_counter()
             rate = learning_rate(config, epoch, epochs)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            parts, distributions = _train_epoch(module, wrapped, distiller, train, epoch, stage, config, fabric)
+            step.set_learning_rate(rate)
+            parts, distributions = _train_epoch(step, train, epoch, stage, config, fabric)
             with fabric.autocast():
                 scores = scores_of(outputs(distiller.student, validation)[1], validation.y)
             if not all(math.isfinite(value) for value in (*parts.values(), scores["ce"])):
@@ -111,46 +111,36 @@ def fit(
                 history.append(record)
                 done = epoch + 1
                 if store is not None and (done == epochs or done % config.checkpoint_every == 0):
-                    store.save(_checkpoint(stage, done, distiller, optimizer, selection))
+                    store.save(_checkpoint(stage, done, distiller, step.optimizer, selection))
             if progress is not None:
                 progress.epoch(record)
     finally:
+        step.release()
         if progress is not None:
             progress.stop()
 
 
 def _train_epoch(
-    module: nn.Module,
-    optimizer: Any,
-    distiller: Distiller,
-    train: TrainingSet,
-    epoch: int,
-    stage: str,
-    config: RunConfig,
-    fabric: Fabric,
+    step: TrainingStep, train: TrainingSet, epoch: int, stage: str, config: RunConfig, fabric: Fabric
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """One pass over the training set; the means of the loss and its parts, and summaries of what is a distribution."""
     seed_device(fabric.device, derived_seed(config.seed, stage, epoch, fabric.global_rank))
     order = torch.Generator().manual_seed(derived_seed(config.seed, stage, epoch, "order"))
-    device, ranks = fabric.device, fabric.world_size
-    sums: dict[str, Tensor] = {}
+    device, rank, ranks = fabric.device, fabric.global_rank, fabric.world_size
+    sizes: list[int] = []
     seen: dict[str, list[Tensor]] = defaultdict(list)
     for rows in batches(len(train), config.batch_size, order, least=2 * ranks):
-        batch = train.batch(rows[fabric.global_rank :: ranks].to(device))
-        optimizer.zero_grad(set_to_none=True)
-        loss, parts = module(batch, epoch)
-        fabric.backward(loss)
-        if config.gradient_clip is not None:
-            for group in optimizer.param_groups:  # the student and the rest apart: see _optimizer
-                nn.utils.clip_grad_norm_(group["params"], config.gradient_clip)
-        optimizer.step()
-        for name, part in {"loss": loss.detach(), **parts}.items():
-            if part.dim():
-                seen[name].append(part)
-            else:  # summed on the device; the host waits once an epoch
-                sums[name] = sums.get(name, 0.0) + part.float() * len(rows)
-    means = dict(zip(sums, torch.stack(list(sums.values())).div(len(train)).tolist(), strict=True))
-    return means, {name: summary(torch.cat(parts_seen)) for name, parts_seen in seen.items()}
+        with span("data"):
+            batch = train.batch((rows if ranks == 1 else rows[rank::ranks]).to(device))
+        sizes.append(len(rows))
+        for name, part in step(batch, epoch).items():
+            seen[name].append(part)
+    # Everything is looked at here, once an epoch: a look at a number waits for the device.
+    scalars = {name: torch.stack(parts) for name, parts in seen.items() if not parts[0].dim()}
+    weights = torch.tensor(sizes, device=device) / len(train)
+    means = (torch.stack(list(scalars.values())).float() * weights).sum(dim=1).tolist()
+    distributions = {name: summary(torch.cat(parts)) for name, parts in seen.items() if parts[0].dim()}
+    return dict(zip(scalars, means, strict=True)), distributions
 
 
 def summary(values: Tensor) -> dict[str, float]:
@@ -205,25 +195,14 @@ def derived_seed(*parts: Any) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def _optimizer(distiller: Distiller, config: RunConfig) -> torch.optim.Optimizer:
-    """Adam over the student and, as a group of its own, whatever the method trains beside it.
-
-    Two groups, because gradients are clipped by group: how far the student is clipped must not depend on the method.
-    """
-    student = list(distiller.student.parameters())
-    known = {id(parameter) for parameter in student}
-    beside = [parameter for parameter in distiller.parameters() if id(parameter) not in known]
-    groups = [{"params": group} for group in (student, beside) if group]
-    return torch.optim.Adam(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
-
-
 def _checkpoint(
     stage: str, epoch: int, distiller: Distiller, optimizer: torch.optim.Optimizer, selection: Selection
 ) -> Checkpoint:
     tensors = {f"model.{name}": value for name, value in distiller.state_dict().items()}
     tensors.update({f"selected.{name}": value for name, value in selection.weights.items()})
     for index, entries in optimizer.state_dict()["state"].items():
-        tensors.update({f"optimizer.{index}.{name}": value for name, value in entries.items()})
+        # cloned: parameters of a run share the tensor that counts their steps
+        tensors.update({f"optimizer.{index}.{name}": value.clone() for name, value in entries.items()})
     return Checkpoint(stage, epoch, tensors, {"selection": selection.state()})
 
 

@@ -55,13 +55,17 @@ class TrainingSet:
     def batch(self, index: Tensor) -> Batch:
         """The rows `index`, int64 [batch], collated."""
         series = self.series
+
+        def rows(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.index_select(0, index)
+
         return Batch(
-            x_prefix=series.x[index],
-            y=series.y[index],
-            lengths=None if series.lengths is None else series.lengths[index],
+            x_prefix=series.x.index_select(0, index),
+            y=series.y.index_select(0, index),
+            lengths=rows(series.lengths),
             index=index,
-            z_long=None if self.z_long is None else self.z_long[index],
-            teacher_logits=None if self.teacher_logits is None else self.teacher_logits[index],
+            z_long=rows(self.z_long),
+            teacher_logits=rows(self.teacher_logits),
         )
 
 

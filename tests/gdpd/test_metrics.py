@@ -14,16 +14,17 @@ from hypothesis import strategies as st
 from gdpd.metrics import accuracy, auc_prc, calibration_error, classification_metrics, fidelity, roc_auc
 
 
-def random_case(seed: int, n: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
+def random_case(seed: int, n: int, classes: int, decimals: int = 16) -> tuple[np.ndarray, np.ndarray]:
+    """Classes and scores; few `decimals` make ties."""
     rng = np.random.default_rng(seed)
     y = np.concatenate([np.arange(classes), rng.integers(0, classes, n)])
-    return y, rng.dirichlet(np.ones(classes), len(y))
+    return y, rng.dirichlet(np.ones(classes), len(y)).round(decimals)
 
 
-@given(st.integers(0, 1000), st.integers(1, 60), st.integers(2, 6))
-@settings(max_examples=40, deadline=None)
-def test_scores_agree_with_scikit_learn(seed: int, n: int, classes: int) -> None:
-    y, proba = random_case(seed, n, classes)
+@given(st.integers(0, 1000), st.integers(1, 60), st.integers(2, 6), st.sampled_from([1, 2, 16]))
+@settings(max_examples=60, deadline=None)
+def test_scores_agree_with_scikit_learn(seed: int, n: int, classes: int, decimals: int) -> None:
+    y, proba = random_case(seed, n, classes, decimals)
     onehot = np.eye(classes)[y]
     assert auc_prc(y, proba) == pytest.approx(
         100 * sklearn.metrics.average_precision_score(onehot, proba, average="macro")
@@ -141,5 +142,8 @@ def test_all_scores_at_once_warn_once_and_add_fidelity_with_a_teacher() -> None:
 def test_without_scikit_learn_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
     with pytest.raises(ImportError, match=r'pip install "gdpd-kernels\[data\]"'):
-        auc_prc([0, 1], np.eye(2))
+        roc_auc([0, 1], np.eye(2))
+    with pytest.raises(ImportError, match=r'pip install "gdpd-kernels\[data\]"'):
+        auc_prc([0, 1], np.eye(2), method="trapezoid")
     assert accuracy([0, 1], np.eye(2)) == 1.0
+    assert auc_prc([0, 1], np.eye(2)) == 100.0
