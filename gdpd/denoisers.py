@@ -179,6 +179,131 @@ class MLPDenoiser(nn.Module):
         return self.out(h)
 
 
+class AdaLNDenoiser(nn.Module):
+    """GenDD's head: an MLP over tokens, modulated by time, condition and token index (arXiv 2507.14503).
+
+    With y = time MLP(sinusoid(t)) + Linear(c) + E[token]: x = W_in z; per block, (shift, scale, gate) = Linear(silu(y))
+    and x ← x + gate · MLP((1 + scale) · LN(x) + shift), MLP = Linear–SiLU–Linear; at the end (shift, scale) once more,
+    LN and Linear to the predicted noise and, beside it, the interpolation of the variance (Nichol & Dhariwal, 2021).
+    LN has no weights of its own. The modulation and the output start at zero, so the first prediction is zero.
+
+    A call takes one tensor beside z and t, so the condition and the token's index travel together: `condition` joins
+    them. Calls return the noise alone, which is what a sampler walks on; a loss on the variance asks
+    `noise_and_variance`.
+
+    Args:
+        features: width of a token.
+        cond_features: width C of the condition.
+        tokens: how many tokens a feature vector is cut in, 1 or more; one token needs no index.
+        hidden: width of the blocks.
+        blocks: how many, 1 or more.
+        time_dim: width of the sinusoid, even.
+        num_train_timesteps: number of training steps.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    def __init__(
+        self,
+        features: int = 64,
+        cond_features: int = 512,
+        tokens: int = 1,
+        hidden: int = 1024,
+        blocks: int = 3,
+        time_dim: int = 256,
+        num_train_timesteps: int = 1000,
+    ) -> None:
+        super().__init__()
+        sizes = {"features": features, "cond_features": cond_features, "tokens": tokens, "hidden": hidden}
+        for name, value in (sizes | {"blocks": blocks}).items():
+            if value < 1:
+                raise ValueError(f"{name}={value} must be 1 or more")
+        _check_timesteps(num_train_timesteps)
+        self.features = features
+        self.cond_features = cond_features
+        self.tokens = tokens
+        self.num_train_timesteps = num_train_timesteps
+        self.time_embedding = nn.Sequential(
+            SinusoidalEmbedding(time_dim), nn.Linear(time_dim, hidden), nn.SiLU(), nn.Linear(hidden, hidden)
+        )
+        self.cond_embedding = nn.Linear(cond_features, hidden)
+        self.token_embedding = nn.Parameter(0.02 * torch.randn(tokens, hidden))
+        self.inner = nn.Linear(features, hidden)
+        self.blocks = nn.ModuleList(_AdaLNBlock(hidden) for _ in range(blocks))
+        self.norm = nn.LayerNorm(hidden, eps=1e-6, elementwise_affine=False)
+        self.modulation = _zero(nn.Linear(hidden, 2 * hidden))
+        self.out = _zero(nn.Linear(hidden, 2 * features))
+        self.activation = nn.SiLU()
+
+    def condition(self, c: Tensor, token: Tensor | None = None) -> Tensor:
+        """What a call takes as `cond`.
+
+        Args:
+            c: ``[batch, cond_features]``.
+            token: int64 ``[batch]``, each row's token index in 0..tokens-1; None for denoisers of one token.
+
+        Returns:
+            ``[batch, cond_features + tokens]``: c, and the index as a one-hot row, which picks its embedding.
+
+        Raises:
+            ValueError: wrong shapes, an index out of range, no index where there are several tokens.
+        """
+        if c.ndim != 2 or c.shape[1] != self.cond_features:
+            raise ValueError(f"c has shape {list(c.shape)}; this denoiser takes [batch, {self.cond_features}]")
+        if token is None:
+            if self.tokens > 1:
+                raise ValueError(f"token is None; with {self.tokens} tokens every row needs the index of its own")
+            return torch.cat([c, c.new_ones(len(c), 1)], dim=1)
+        if token.shape != c.shape[:1] or token.dtype != torch.int64:
+            raise ValueError(f"token has shape {list(token.shape)}, {token.dtype}; expected int64 [{len(c)}]")
+        if len(token) and not 0 <= int(token.min()) <= int(token.max()) < self.tokens:
+            raise ValueError(f"token has values {int(token.min())}..{int(token.max())}; expected 0..{self.tokens - 1}")
+        return torch.cat([c, nn.functional.one_hot(token, self.tokens).to(c.dtype)], dim=1)
+
+    def forward(self, z: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        """Predicted noise ``[batch, features]``, from ``z`` ``[batch, features]``, int64 ``t`` ``[batch]`` or 0-d, and
+        what `condition` returns."""
+        return self.noise_and_variance(z, t, cond)[:, : self.features]
+
+    def noise_and_variance(self, z: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        """``[batch, 2 · features]``: the predicted noise, then the interpolation of the log variance. As `forward`."""
+        _check_input(z, self.features)
+        if cond.ndim != 2 or cond.shape[1] != self.cond_features + self.tokens:
+            raise ValueError(
+                f"cond has shape {list(cond.shape)}; this denoiser takes [batch, {self.cond_features + self.tokens}], "
+                "which condition(c, token) returns"
+            )
+        c, token = cond.split([self.cond_features, self.tokens], dim=1)
+        given = self.cond_embedding(c) + token @ self.token_embedding
+        y = self.activation(self.time_embedding(t) + given)
+        x = self.inner(z)
+        for block in self.blocks:
+            x = block(x, y)
+        shift, scale = self.modulation(y).chunk(2, dim=1)
+        return self.out((1 + scale) * self.norm(x) + shift)
+
+
+class _AdaLNBlock(nn.Module):
+    """x + gate · MLP((1 + scale) · LN(x) + shift), the three from a Linear of y (AdaLN-Zero: Peebles & Xie, 2023)."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden, eps=1e-6, elementwise_affine=False)
+        self.modulation = _zero(nn.Linear(hidden, 3 * hidden))
+        self.mlp = nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        shift, scale, gate = self.modulation(y).chunk(3, dim=1)
+        return x + gate * self.mlp((1 + scale) * self.norm(x) + shift)
+
+
+def _zero(linear: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
 class SinusoidalEmbedding(nn.Module):
     """sin and cos of t at ``dim / 2`` frequencies 10000^(−2i/dim) (Vaswani et al. 2017, section 3.5).
 
