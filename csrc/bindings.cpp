@@ -31,6 +31,36 @@ std::vector<void*> outs(const std::vector<Address>& all) {
   return pointers;
 }
 
+// Addresses of tensors, or None if one of them is not what the kernels take: of this shape and dtype, dense, on the CPU.
+// An address tells a kernel nothing of what lies there, and asking thirty tensors from Python takes as long as a small
+// sampler. Tensors are seen through their Python attributes alone.
+py::object dense_addresses(const py::sequence& tensors, const py::tuple& shapes, const py::handle& dtype) {
+  static PyObject* const shape_name = PyUnicode_InternFromString("shape");
+  static PyObject* const dtype_name = PyUnicode_InternFromString("dtype");
+  static PyObject* const is_cpu_name = PyUnicode_InternFromString("is_cpu");
+  static PyObject* const is_contiguous_name = PyUnicode_InternFromString("is_contiguous");
+  static PyObject* const data_ptr_name = PyUnicode_InternFromString("data_ptr");
+  const auto got = [](PyObject* found) {
+    if (!found) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(found);
+  };
+  const size_t n = tensors.size();
+  if (shapes.size() != n) return py::none();
+  py::list addresses(n);
+  for (size_t i = 0; i < n; ++i) {
+    const py::object tensor = tensors[i];
+    const int same = PyObject_RichCompareBool(got(PyObject_GetAttr(tensor.ptr(), shape_name)).ptr(),
+                                              PyTuple_GET_ITEM(shapes.ptr(), Py_ssize_t(i)), Py_EQ);
+    if (same < 0) throw py::error_already_set();
+    if (!same || !got(PyObject_GetAttr(tensor.ptr(), dtype_name)).is(dtype) ||
+        got(PyObject_GetAttr(tensor.ptr(), is_cpu_name)).ptr() != Py_True ||
+        got(PyObject_CallMethodNoArgs(tensor.ptr(), is_contiguous_name)).ptr() != Py_True)
+      return py::none();
+    PyList_SET_ITEM(addresses.ptr(), Py_ssize_t(i), got(PyObject_CallMethodNoArgs(tensor.ptr(), data_ptr_name)).release().ptr());
+  }
+  return std::move(addresses);
+}
+
 // A gradient is wanted where its address is not null.
 std::vector<char> given(const std::vector<Address>& all) {
   std::vector<char> flags;
@@ -248,6 +278,7 @@ PYBIND11_MODULE(_native, m) {
       .def("tile_rows", [](const Program& p, bool f64, long rows) {
         return gk::tiling(p.kernels->vector_bytes, f64 ? 8 : 4, rows, p.plan.widest).rows;
       });
+  m.def("dense_addresses", &dense_addresses);
   m.def("forward", &forward);
   m.def("backward", &backward);
   m.def("prior_loss", &prior_loss);

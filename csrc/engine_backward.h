@@ -232,7 +232,9 @@
       load_shared(call.z, plan.features, tile, l.start);
       for (long i = 0; i < n; i += L)
         store(l.start + i, V<T>((load(l.start + i) - load(l.noise + i)) * load(g + i)));
-      store_rows(l.start, plan.features, tile, call.grad_alpha);
+      if (call.alpha_col == 0)
+        for (long i = R; i < n; i += L) store(l.start + i % R, V<T>(load(l.start + i % R) + load(l.start + i)));
+      store_rows(l.start, call.alpha_col == 0 ? 1 : plan.features, tile, call.grad_alpha);
     }
     if (!call.wanted->z) return;
     if (call.alpha) {

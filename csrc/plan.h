@@ -129,7 +129,7 @@ struct Call {
   const Layout* gradient_layout;
   const void* grad;               // [samples * batch, features]
   void* grad_z;                   // [samples * batch, features]; summed over samples by the caller
-  void* grad_alpha;               // the same
+  void* grad_alpha;               // the same; [samples * batch, 1], summed over features, where alpha_col is 0
   void* const* grad_rows;         // each [samples * batch, width]
   void* const* grad_tables;       // each as its table
   void* const* grad_params;

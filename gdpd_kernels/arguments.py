@@ -37,7 +37,8 @@ def precision(name: str, z: Tensor, compute_dtype: torch.dtype | None) -> tuple[
 
 def _autocast(z: Tensor) -> bool:
     device = z.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # Every build of torch has it for the CPU; for other devices asking costs more.
+    return (z.is_cpu or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device)
 
 
 def mixing_weights(alpha: Tensor | float | None, z_short: Tensor) -> Tensor | None:
@@ -57,7 +58,7 @@ def mixing_weights(alpha: Tensor | float | None, z_short: Tensor) -> Tensor | No
         raise ValueError(
             f"alpha is {alpha.dtype} on {alpha.device}; expected a floating tensor on z_short's {z_short.device}"
         )
-    alpha = alpha.to(z_short.dtype)
+    alpha = alpha if alpha.dtype == z_short.dtype else alpha.to(z_short.dtype)
     if alpha.numel() == 1:
         return alpha.reshape(1, 1)
     if alpha.dim() == 1 and batch == features and alpha.shape[0] == batch:
@@ -90,7 +91,8 @@ def start_noise(noise: Tensor | None, z: Tensor, num_samples: int | None) -> Ten
         )
     if noise.requires_grad:
         raise ValueError("noise requires grad, but no gradient is computed for it; pass noise.detach()")
-    return noise.to(z.dtype).reshape(num_samples or 1, batch, features)
+    noise = noise if noise.dtype == z.dtype else noise.to(z.dtype)
+    return noise[None] if num_samples is None else noise
 
 
 def philox_key(seed: int | Tensor | None, device: torch.device) -> Tensor:

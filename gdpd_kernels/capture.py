@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from gdpd_kernels.backends import reference
 from gdpd_kernels.lowering import CaptureError, Lowered, lower
+from gdpd_kernels.ops import is_plain
 from gdpd_kernels.program import DenoiserProgram
 from gdpd_kernels.prologue import Prologue
 from gdpd_kernels.tracing import Leaf, Trace, prediction_of, trace
@@ -63,6 +64,7 @@ class _Plan:
         found = _batch_norms(module, self.recipe)
         self.batch_norms = None if module in found else found
         self.readers = {prologue: Reader(module, prologue.leaves) for prologue in prologues}
+        self.kept: _KeptTables | None = None
 
 
 def _batch_norms(module: nn.Module, recipe: _Recipe) -> list[nn.Module]:
@@ -77,6 +79,22 @@ def _find(module: nn.Module, leaf: Leaf) -> Any:
         return leaf.constant
     owner = module.get_submodule(leaf.path) if leaf.path else module
     return getattr(owner, leaf.key)
+
+
+@dataclass(frozen=True)
+class _KeptTables:
+    """Tables of a frozen module, with copies of what they were made of."""
+
+    steps: tuple[int, ...]
+    leaves: list[Tensor]
+    tables: list[Tensor]
+
+    def holds(self, steps: tuple[int, ...], leaves: list[Tensor]) -> bool:
+        """Whether they are the tables of these steps and tensors. The numbers are compared, not versions: writing to
+        `tensor.data` changes no version."""
+        return self.steps == steps and all(
+            a.dtype is b.dtype and a.is_cpu and torch.equal(a, b) for a, b in zip(leaves, self.leaves, strict=True)
+        )
 
 
 class _Failure:
@@ -142,6 +160,36 @@ class CapturedDenoiser:
         """
         prologue = self._recipe.lowered.tables
         return self._tables(timesteps, self._leaves(prologue)) if self.program.tables else []
+
+    def tables_of(self, steps: tuple[int, ...], timesteps: Tensor) -> list[Tensor]:
+        """`tables`, kept from call to call where no gradient is asked for and the tensors they are made of are equal.
+
+        Args:
+            steps: the time steps as numbers.
+            timesteps: the same as int64 [K].
+
+        Returns:
+            as `tables`; not to be written to.
+        """
+        prologue = self._recipe.lowered.tables
+        if not prologue.keeps or self._plan is None or torch.compiler.is_compiling():
+            return self.tables(timesteps)
+        leaves = self._leaves(prologue)
+        if not (
+            timesteps.is_cpu
+            and is_plain(timesteps)
+            and all(type(x) in (Tensor, nn.Parameter) and x.is_cpu for x in leaves)
+            and not (torch.is_grad_enabled() and any(x.requires_grad for x in leaves))
+            and not torch.is_autocast_enabled("cpu")
+        ):
+            return self._tables(timesteps, leaves)
+        kept = self._plan.kept
+        if kept is None or not kept.holds(steps, leaves):
+            with torch.inference_mode(False), torch.no_grad():
+                copies = [leaf.detach().clone() for leaf in leaves]
+                kept = _KeptTables(steps, copies, self._tables(timesteps, copies))
+            self._plan.kept = kept
+        return kept.tables
 
     def _tables(self, timesteps: Tensor, leaves: list[Tensor]) -> list[Tensor]:
         prologue = self._recipe.lowered.tables

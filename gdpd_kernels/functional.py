@@ -116,7 +116,8 @@ def reverse_sample(
         params = captured.parameters_now()
         check_parameters(program, params, z_short)
         rows = _of_state(captured.rows(cond), z_short)
-        tables = _tables(captured, _timesteps(table.timesteps, z_short.device), z_short)
+        steps = _timesteps(table.timesteps, z_short.device)
+        tables = _tables(lambda: captured.tables_of(table.timesteps, steps), steps, z_short)
         if _folding_pays(program, params, samples * batch * len(table)):
             rewrite = _folded(program)
             program = rewrite.program
@@ -211,7 +212,8 @@ def prior_loss(
     chosen = _choose(backend, program.text, z_long.device.type, z_long.dtype, compute)
     params = captured.parameters_now()
     check_parameters(program, params, z_long)
-    rows, tables = _of_state(captured.rows(cond), z_long), _tables(captured, timesteps, z_long)
+    rows = _of_state(captured.rows(cond), z_long)
+    tables = _tables(lambda: captured.tables(timesteps), timesteps, z_long)
     inputs = [z_long, *rows, *tables, *params]
     wanted = [i for i, x in enumerate(inputs) if x.requires_grad] if torch.is_grad_enabled() else []
     loss, stats, _ = ops.prior_loss(
@@ -238,11 +240,11 @@ def _of_state(tensors: list[Tensor], z: Tensor) -> list[Tensor]:
     return [x if x.dtype == z.dtype else x.to(z.dtype) for x in tensors]
 
 
-def _tables(captured: CapturedDenoiser, timesteps: Tensor, z: Tensor) -> list[Tensor]:
+def _tables(make: Callable[[], list[Tensor]], timesteps: Tensor, z: Tensor) -> list[Tensor]:
     if torch.compiler.is_compiling():
-        return _of_state(captured.tables(timesteps), z)
+        return _of_state(make(), z)
     try:
-        return _of_state(captured.tables(timesteps), z)
+        return _of_state(make(), z)
     except IndexError as error:
         raise ValueError(
             f"timesteps: the denoiser has no embedding of time step {int(timesteps.max())} ({error}); "

@@ -21,6 +21,14 @@ aten = torch.ops.aten
 
 View = tuple[Any, ...]  # an operation and its arguments after the first
 
+# A lookup in an embedding is cheaper than comparing the embedding; a sinusoid and a linear layer are not.
+_KEPT_FROM = 4  # operations
+
+
+def _is_function(target: Any) -> bool:
+    """Whether an operation writes into nothing. That it draws nothing, lowering has made sure of."""
+    return isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable
+
 
 @dataclass(frozen=True, eq=False)
 class Prologue:
@@ -30,10 +38,13 @@ class Prologue:
         leaves: the tensors that it reads, in the order in which it takes them.
         graph: takes ``(batch, source, *leaves)`` and returns a list of tensors; None where the outputs are the leaves
             themselves, as they are.
+        keeps: same inputs, same outputs, by more work than comparing the leaves would be: worth keeping for frozen
+            modules.
     """
 
     leaves: tuple[Leaf, ...]
     graph: fx.GraphModule | None
+    keeps: bool = False
 
     def run(self, batch: int, source: Tensor | None, leaves: list[Tensor]) -> list[Tensor]:
         """The outputs for `source` (the time steps [batch], the condition [batch, C], or None)."""
@@ -109,7 +120,9 @@ class PrologueBuilder:
         graph.output(results)
         for node in graph.nodes:
             node.meta = {}  # fake tensors have no business in what is kept
-        return Prologue(tuple(leaves[node] for node in taken), fx.GraphModule({}, graph))
+        calls = [node.target for node in graph.nodes if node.op == "call_function"]
+        keeps = len(calls) >= _KEPT_FROM and all(map(_is_function, calls))
+        return Prologue(tuple(leaves[node] for node in taken), fx.GraphModule({}, graph), keeps)
 
     def _needed(self, roots: list[fx.Node]) -> set[fx.Node]:
         needed: set[fx.Node] = set()

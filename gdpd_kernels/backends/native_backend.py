@@ -147,39 +147,39 @@ def _dense(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype
 
 
 def _dense_all(
-    program: DenoiserProgram,
-    rows: Sequence[Tensor],
-    tables: Sequence[Tensor],
-    params: Sequence[Tensor],
-    batch: int,
-    steps: int,
-    dtype: torch.dtype,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    if len(rows) != len(program.rows) or len(tables) != len(program.tables) or len(params) != len(program.params):
-        raise ValueError(
-            f"rows, tables, params: {len(rows)}, {len(tables)} and {len(params)} tensors; the program takes "
-            f"{len(program.rows)}, {len(program.tables)} and {len(program.params)}"
-        )
-    return (
-        [_dense("rows", x, (batch, width), dtype) for x, width in zip(rows, program.rows, strict=True)],
-        [_dense("tables", x, (steps, width), dtype) for x, width in zip(tables, program.tables, strict=True)],
-        [_dense("params", x, shape, dtype) for x, shape in zip(params, program.params, strict=True)],
-    )
+    name: str, tensors: Sequence[Tensor], shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype
+) -> tuple[list[int], Sequence[Tensor]]:
+    """Addresses of dense tensors, and the tensors, to be held for as long as the addresses are used."""
+    if len(tensors) != len(shapes):
+        raise ValueError(f"{name}: {len(tensors)} tensors; the program takes {len(shapes)}")
+    addresses: list[int] | None = _load().dense_addresses(tensors, shapes, dtype)  # type: ignore[union-attr]
+    if addresses is None:
+        tensors = [_dense(name, x, shape, dtype) for x, shape in zip(tensors, shapes, strict=True)]
+        addresses = [x.data_ptr() for x in tensors]
+    return addresses, tensors
 
 
-def _check_alpha(alpha: Tensor | None, batch: int, features: int, dtype: torch.dtype) -> None:
-    if alpha is None or (
-        alpha.dim() == 2
-        and alpha.shape[0] in (1, batch)
-        and alpha.shape[1] in (1, features)
-        and alpha.dtype is dtype
-        and alpha.is_cpu
+@lru_cache(maxsize=256)
+def _outer_shapes(widths: tuple[int, ...], rows: int) -> tuple[tuple[int, int], ...]:
+    return tuple((rows, width) for width in widths)
+
+
+def _mixing(alpha: Tensor | None, batch: int, features: int, dtype: torch.dtype) -> Tensor | None:
+    """alpha, checked; a column stride of 0 tells the kernels that there is one weight per row."""
+    if alpha is None:
+        return None
+    if (
+        alpha.dim() != 2
+        or alpha.shape[0] not in (1, batch)
+        or alpha.shape[1] not in (1, features)
+        or alpha.dtype is not dtype
+        or not alpha.is_cpu
     ):
-        return
-    raise ValueError(
-        f"alpha has shape {list(alpha.shape)}, {alpha.dtype} on {alpha.device}; "
-        f"expected what broadcasts to {[batch, features]}, {dtype} on cpu"
-    )
+        raise ValueError(
+            f"alpha has shape {list(alpha.shape)}, {alpha.dtype} on {alpha.device}; "
+            f"expected what broadcasts to {[batch, features]}, {dtype} on cpu"
+        )
+    return alpha.contiguous() if alpha.shape[1] > 1 and alpha.stride(1) == 0 else alpha
 
 
 def _check_seed(seed: Tensor | None, draws: bool) -> None:
@@ -189,10 +189,6 @@ def _check_seed(seed: Tensor | None, draws: bool) -> None:
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return [tensor.data_ptr() for tensor in tensors]
 
 
 def _seed(seed: Tensor | None) -> int:
@@ -250,8 +246,10 @@ class NativeBackend:
         f64 = dtype == torch.float64
         z_short = _dense("z_short", z_short, (batch, program.features), dtype)
         noise = None if noise is None else _dense("noise", noise, (num_samples, batch, features), dtype)
-        rows, tables, params = _dense_all(program, rows, tables, params, batch, steps, dtype)
-        _check_alpha(alpha, batch, features, dtype)
+        at_rows, rows = _dense_all("rows", rows, _outer_shapes(program.rows, batch), dtype)
+        at_tables, tables = _dense_all("tables", tables, _outer_shapes(program.tables, steps), dtype)
+        at_params, params = _dense_all("params", params, program.params, dtype)
+        alpha = _mixing(alpha, batch, features, dtype)
         _check_seed(seed, draws=any(coefficients[2::3]) or (alpha is not None and noise is None))
         z_hat = z_short.new_empty(total, features)
         stats = z_short.new_empty(steps, program.stats_width)
@@ -267,9 +265,9 @@ class NativeBackend:
             *_alpha_strides(alpha),
             _address(noise),
             _seed(seed),
-            _addresses(rows),
-            _addresses(tables),
-            _addresses(params),
+            at_rows,
+            at_tables,
+            at_params,
             compute_dtype == torch.bfloat16,
             save,
             _threads(program, total, steps),
@@ -303,8 +301,10 @@ class NativeBackend:
         plan = self._plan(program)
         z_short = _dense("z_short", z_short, (batch, program.features), dtype)
         noise = None if noise is None else _dense("noise", noise, (num_samples, batch, features), dtype)
-        rows, tables, params = _dense_all(program, rows, tables, params, batch, steps, dtype)
-        _check_alpha(alpha, batch, features, dtype)
+        at_rows, rows = _dense_all("rows", rows, _outer_shapes(program.rows, batch), dtype)
+        at_tables, tables = _dense_all("tables", tables, _outer_shapes(program.tables, steps), dtype)
+        at_params, params = _dense_all("params", params, program.params, dtype)
+        alpha = _mixing(alpha, batch, features, dtype)
         grad = _dense("grad", grad, (total, features), dtype)
         stats = _dense("stats", stats, (steps, program.stats_width), dtype)
         kept = saved_numel(plan.saved_shape(dtype == torch.float64, save), steps, total)
@@ -316,10 +316,9 @@ class NativeBackend:
         addresses = [0] * len(inputs)
         summed: dict[int, Tensor] = {}  # gradients that the kernels give per trajectory, and that are summed below
         for at, (i, gradient) in enumerate(zip(wanted, gradients, strict=True)):
-            if i < ends[0] and (num_samples > 1 or (i == 1 and gradient.numel() != total * features)):
-                summed[at] = gradient = z_short.new_empty(
-                    num_samples, batch, features if i < 2 else program.rows[i - 2]
-                )
+            if i < ends[0] and gradient.shape[0] != total:
+                width = features if i == 0 else program.rows[i - 2] if i > 1 else gradient.shape[1]
+                summed[at] = gradient = z_short.new_empty(num_samples, batch, width)
             addresses[i] = gradient.data_ptr()
         _load().backward(  # type: ignore[union-attr]
             plan,
@@ -332,9 +331,9 @@ class NativeBackend:
             *_alpha_strides(alpha),
             _address(noise),
             _seed(seed),
-            _addresses(rows),
-            _addresses(tables),
-            _addresses(params),
+            at_rows,
+            at_tables,
+            at_params,
             compute_dtype == torch.bfloat16,
             save,
             _threads(program, total, steps),
@@ -370,7 +369,9 @@ class NativeBackend:
         z_long = _dense("z_long", z_long, (batch, program.features), dtype)
         noise = None if noise is None else _dense("noise", noise, (batch, program.features), dtype)
         signal, sigma = _dense("signal", signal, (batch,), dtype), _dense("sigma", sigma, (batch,), dtype)
-        rows, tables, params = _dense_all(program, rows, tables, params, batch, batch, dtype)
+        at_rows, rows = _dense_all("rows", rows, _outer_shapes(program.rows, batch), dtype)
+        at_tables, tables = _dense_all("tables", tables, _outer_shapes(program.tables, batch), dtype)
+        at_params, params = _dense_all("params", params, program.params, dtype)
         _check_seed(seed, draws=noise is None)
         inputs = [z_long, *rows, *tables, *params]
         stats = z_long.new_empty(1, program.stats_width)
@@ -388,9 +389,9 @@ class NativeBackend:
             _seed(seed),
             _address(signal),
             _address(sigma),
-            _addresses(rows),
-            _addresses(tables),
-            _addresses(params),
+            at_rows,
+            at_tables,
+            at_params,
             _PREDICTIONS[prediction],
             compute_dtype == torch.bfloat16,
             _threads(program, batch, 1),
@@ -414,30 +415,33 @@ class NativeBackend:
         rows: int,
     ) -> None:
         kept = [
-            (mean, var, counter, width)
-            for mean, var, counter, width in zip(means, variances, counters, widths, strict=True)
-            if any(x.shape != (0,) for x in (mean, var, counter))
+            i
+            for i, layer in enumerate(zip(means, variances, counters, strict=True))
+            if any(x.shape != (0,) for x in layer)
         ]
-        dtype = kept[0][0].dtype if kept else torch.float32
-        if dtype not in (torch.float32, torch.float64) or not all(
-            mean.shape == var.shape == (width,)
-            and mean.dtype is var.dtype is dtype
-            and counter.shape == ()
-            and counter.dtype is torch.int64
-            and all(x.is_cpu and x.is_contiguous() for x in (mean, var, counter))
-            for mean, var, counter, width in kept
-        ):
+        dtype = means[kept[0]].dtype if kept else torch.float32
+        shapes, scalars = tuple((widths[i],) for i in kept), ((),) * len(kept)
+        found = [
+            _load().dense_addresses([tensors[i] for i in kept], form, kind)  # type: ignore[union-attr]
+            for tensors, form, kind in (
+                (means, shapes, dtype),
+                (variances, shapes, dtype),
+                (counters, scalars, torch.int64),
+            )
+        ]
+        if dtype not in (torch.float32, torch.float64) or None in found:
             raise ValueError(
                 "running statistics: expected dense tensors of one dtype, float32 or float64, as wide as their "
                 "BatchNorm, and counters int64 [], on cpu; move the denoiser with .to(...)"
             )
+        if len(kept) < len(means):  # address 0: keeps none
+            at = dict(zip(kept, range(len(kept)), strict=True))
+            found = [[some[at[i]] if i in at else 0 for i in range(len(means))] for some in found]
         stats = _dense("stats", stats, (len(stats), 2 * sum(widths)), stats.dtype)
         _load().update_running_stats(  # type: ignore[union-attr]
             dtype == torch.float64,
             stats.dtype == torch.float64,
-            [_address(x) if x.numel() else 0 for x in means],
-            [_address(x) if x.numel() else 0 for x in variances],
-            [_address(x) if x.numel() else 0 for x in counters],
+            *found,
             _address(stats),
             len(stats),
             widths,
