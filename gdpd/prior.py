@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -91,4 +92,8 @@ class FeaturePrior(nn.Module):
         return {"noise": self._noise_loss(code.detach()), "autoencoder": F.mse_loss(reconstruction, z_long)}
 
     def _noise_loss(self, code: Tensor) -> Tensor:
-        return gk.prior_loss(self.denoiser, code, alphas_cumprod=self.alphas_cumprod, backend=self.backend)
+        # Drawn here and not by the operator, whose own draw is the same numbers on every backend and ten times slower.
+        timesteps = torch.randint(len(self.alphas_cumprod), (len(code),), device=code.device)
+        return gk.prior_loss(
+            self.denoiser, code, alphas_cumprod=self.alphas_cumprod, timesteps=timesteps, backend=self.backend
+        )

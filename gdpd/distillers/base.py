@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gdpd.models import Classifier
+from gdpd_kernels.ranges import span
 
 
 @dataclass
@@ -58,6 +59,20 @@ class Distiller(nn.Module):
         """
         raise NotImplementedError
 
+    def student_cross_entropy(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The student's feature and logits of a batch, and their cross-entropy: the one run of the student in a step."""
+        with span("student"):
+            z_short, logits = self.student(batch.x_prefix, batch.lengths)
+        with span("losses"):
+            return z_short, logits, F.cross_entropy(logits, batch.y)
+
+    def phase(self, epoch: int) -> str:
+        """Name of what the loss depends on beside the batch: in epochs of one phase it is the same function.
+
+        A method whose loss changes from epoch to epoch (a weight that is turned up, say) returns another name each time.
+        """
+        return "warmup" if epoch < self.warmup_epochs else "main"
+
     def forward(self, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """`loss`, so that wrappers of modules (DDP, autocast) apply to it."""
         return self.loss(batch, epoch)
@@ -81,6 +96,7 @@ def hinton_loss(student_logits: Tensor, teacher_logits: Tensor | None, temperatu
             f"the teacher's logits have shape {tuple(teacher_logits.shape)} and the student's "
             f"{tuple(student_logits.shape)}. Both must classify the same series into the same classes."
         )
-    log_student = F.log_softmax(student_logits / temperature, dim=1)
-    log_teacher = F.log_softmax(teacher_logits / temperature, dim=1)
-    return temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+    with span("losses"):
+        log_student = F.log_softmax(student_logits / temperature, dim=1)
+        log_teacher = F.log_softmax(teacher_logits / temperature, dim=1)
+        return temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from gdpd.distillers.base import Batch, Distiller
@@ -23,6 +22,5 @@ class Base(Distiller):
 
     def loss(self, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """CE(student(x_e), y)."""
-        _, logits = self.student(batch.x_prefix, batch.lengths)
-        ce = F.cross_entropy(logits, batch.y)
+        _, _, ce = self.student_cross_entropy(batch)
         return ce, {"ce": ce.detach()}

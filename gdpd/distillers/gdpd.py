@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from gdpd.fusion import NoiseFusion
 from gdpd.models import Classifier
 from gdpd.prior import FeaturePrior
 from gdpd.sampler import noise_fused_init, trajectory
+from gdpd_kernels.ranges import span
 
 
 class GDPD(Distiller):
@@ -114,29 +116,33 @@ class GDPD(Distiller):
         Raises:
             ValueError: z_long or teacher_logits missing or of the wrong shape.
         """
-        z_short, logits = self.student(batch.x_prefix, batch.lengths)
-        ce = F.cross_entropy(logits, batch.y)
+        z_short, logits, ce = self.student_cross_entropy(batch)
         losses = {"kd": hinton_loss(logits, batch.teacher_logits, self.temperature)} if self.hinton else {}
         seen: dict[str, Tensor] = {}
         if self.freeze_prior:
             self._move_prior(epoch < self.warmup_epochs)
         if epoch < self.warmup_epochs:
-            losses.update(self.prior.losses(self._teacher_features(batch)))
+            with span("prior"):
+                losses.update(self.prior.losses(self._teacher_features(batch)))
         else:
             losses["ce_hat"], seen["alpha"] = self._sampled_cross_entropy(z_short, batch.y)
-        total = ce + self.loss_ratio * torch.stack(list(losses.values())).sum()
+        total = ce + self.loss_ratio * functools.reduce(torch.add, losses.values())
         parts = {"ce": ce, **losses, **seen}
         return total, {name: part.detach() for name, part in parts.items()}
 
     def _sampled_cross_entropy(self, z_short: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Mean over the draws of CE(student_head(proj(z_hat)), y), and alpha."""
-        z = self.trans(z_short)
-        alpha = self.fusion(z)
-        z_hat = gk.reverse_sample(
-            self.prior.denoiser, z, table=self.table, alpha=alpha, num_samples=self.num_samples, backend=self.backend
-        )  # [num_samples, batch, A]
-        logits = self.student.classify(self.proj(z_hat.flatten(0, 1)))
-        return F.cross_entropy(logits, y.repeat(self.num_samples)), alpha
+        with span("fusion"):
+            z = self.trans(z_short)
+            alpha = self.fusion(z)
+        samples = None if self.num_samples == 1 else self.num_samples
+        with span("sampler"):
+            z_hat = gk.reverse_sample(
+                self.prior.denoiser, z, table=self.table, alpha=alpha, num_samples=samples, backend=self.backend
+            )  # [batch, A], or [num_samples, batch, A]
+        with span("losses"):
+            logits = self.student.classify(self.proj(z_hat if samples is None else z_hat.flatten(0, 1)))
+            return F.cross_entropy(logits, y if samples is None else y.repeat(samples)), alpha
 
     def _move_prior(self, moves: bool) -> None:
         """Let the prior learn, or hold it still: parameters and the statistics of its BatchNorms."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from gdpd.distillers.base import Batch, Distiller, hinton_loss
@@ -25,7 +24,6 @@ class KD(Distiller):
 
     def loss(self, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """CE(student(x_e), y) + r T² KL(teacher(x) ‖ student(x_e))."""
-        _, logits = self.student(batch.x_prefix, batch.lengths)
-        ce = F.cross_entropy(logits, batch.y)
+        _, logits, ce = self.student_cross_entropy(batch)
         kd = hinton_loss(logits, batch.teacher_logits, self.temperature)
         return ce + self.loss_ratio * kd, {"ce": ce.detach(), "kd": kd.detach()}
