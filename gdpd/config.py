@@ -230,6 +230,11 @@ class RunConfig:
         "Flush subnormal floats to zero in every compute thread (they slow LSTM training on CPUs).",
         group="machine",
     )
+    graph_step: bool = option(
+        False,
+        "Record the training step as a CUDA graph and replay it (accelerator=cuda, one device).",
+        group="machine",
+    )
     teacher_dir: str | None = option(
         None,
         "Folder in which trained teachers are shared between runs (null: none shared).",

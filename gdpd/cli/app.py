@@ -80,6 +80,38 @@ def distill(
 
 
 @app.command()
+@with_run_options
+def profile(
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML file of `option: value` lines, as for `gdpd distill`.", show_default="none"),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps of each phase that are timed. Unit: steps.")] = 50,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Chrome trace to write, for ui.perfetto.dev; `--trace ''` writes none."),
+    ] = Path("trace.json"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")] = False,
+    **given: Any,
+) -> None:
+    """Time the parts of a training step, forward and backward; the run's options choose data, networks and method."""
+    options = run_config(config, given)
+    from gdpd.training.profile import profile as measure
+
+    found = measure(options, steps=steps, trace=None if trace is None or str(trace) in ("", ".") else trace)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    from gdpd.training.profile import renderables
+
+    console = _console()
+    for made in renderables(found):
+        console.print(made)
+    for path in found["traces"]:
+        typer.echo(f"trace: {path}   (open it at ui.perfetto.dev)")
+
+
+@app.command()
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default="required")],
     data_dir: Annotated[

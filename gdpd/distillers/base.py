@@ -60,7 +60,7 @@ class Distiller(nn.Module):
         raise NotImplementedError
 
     def student_cross_entropy(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """The student's feature and logits of a batch, and their cross-entropy: the one run of the student in a step."""
+        """The student's feature and logits of a batch, and their cross-entropy: its one run in a step."""
         with span("student"):
             z_short, logits = self.student(batch.x_prefix, batch.lengths)
         with span("losses"):
@@ -69,7 +69,7 @@ class Distiller(nn.Module):
     def phase(self, epoch: int) -> str:
         """Name of what the loss depends on beside the batch: in epochs of one phase it is the same function.
 
-        A method whose loss changes from epoch to epoch (a weight that is turned up, say) returns another name each time.
+        A method whose loss changes from epoch to epoch (a weight that is turned up, say) returns another name each.
         """
         return "warmup" if epoch < self.warmup_epochs else "main"
 

@@ -81,9 +81,10 @@ class Classifier(nn.Module):
 def valid_mask(x: Tensor, lengths: Tensor | None) -> Tensor | None:
     """Boolean ``[batch, 1, time]``, True inside each series of ``x`` ``[batch, channels, time]``; None without padding.
 
-    One look at ``lengths`` per forward decides whether the masked (slower) path is needed at all.
+    One look at ``lengths`` per forward decides whether the masked (slower) path is needed at all; not on a GPU, where a
+    look would wait for the device.
     """
-    if lengths is None or bool((lengths == x.shape[2]).all()):
+    if lengths is None or (lengths.device.type == "cpu" and bool((lengths == x.shape[2]).all())):
         return None
     steps = torch.arange(x.shape[2], device=x.device)
     return (steps < lengths.to(x.device).unsqueeze(1)).unsqueeze(1)

@@ -23,6 +23,7 @@ from gdpd import metrics
 from gdpd.config import RunConfig
 from gdpd.distillers import Distiller
 from gdpd.training.checkpoint import Checkpoint, CheckpointStore
+from gdpd.training.graph import GraphedStep
 from gdpd.training.history import History, Progress
 from gdpd.training.selection import Selection
 from gdpd.training.step import TrainingStep
@@ -70,7 +71,8 @@ def fit(
     Raises:
         TrainingDiverged: the loss or a parameter is no longer finite.
     """
-    step = TrainingStep(distiller, config, fabric)
+    step = TrainingStep(distiller, config, fabric, graphed=config.graph_step)
+    call = GraphedStep(step) if config.graph_step else step
     found = store.load(stage) if store is not None else None
     if found is not None:
         _restore(found, distiller, step.optimizer, selection)
@@ -87,7 +89,7 @@ def fit(
             began = time.perf_counter()
             rate = learning_rate(config, epoch, epochs)
             step.set_learning_rate(rate)
-            parts, distributions = _train_epoch(step, train, epoch, stage, config, fabric)
+            parts, distributions = _train_epoch(call, train, epoch, stage, config, fabric)
             with fabric.autocast():
                 scores = scores_of(outputs(distiller.student, validation)[1], validation.y)
             if not all(math.isfinite(value) for value in (*parts.values(), scores["ce"])):
@@ -121,7 +123,7 @@ def fit(
 
 
 def _train_epoch(
-    step: TrainingStep, train: TrainingSet, epoch: int, stage: str, config: RunConfig, fabric: Fabric
+    step: TrainingStep | GraphedStep, train: TrainingSet, epoch: int, stage: str, config: RunConfig, fabric: Fabric
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """One pass over the training set; the means of the loss and its parts, and summaries of what is a distribution."""
     seed_device(fabric.device, derived_seed(config.seed, stage, epoch, fabric.global_rank))

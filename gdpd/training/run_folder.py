@@ -29,8 +29,10 @@ from gdpd.training.atomic import (
 )
 from gdpd.training.checkpoint import CheckpointStore, check_same_config
 from gdpd.training.denormals import flush_denormals
+from gdpd.training.graph import check_graphs_possible
 from gdpd.training.history import History, Progress
 from gdpd.training.loop import derived_seed, scores_of
+from gdpd.training.nvtx_ranges import nvtx_ranges
 from gdpd.training.progress import RichProgress, Several, TensorBoard
 from gdpd.training.stages import (
     Session,
@@ -86,7 +88,7 @@ def run(
     finished = _enter(config, folder, resume)
     if finished is not None:
         return finished
-    data = _load(config)
+    data = load_data(config)
     with training_context(config) as fabric:
         session = Session(config, prepare_on(fabric, data, config), fabric)
         rehearse(session)
@@ -134,7 +136,7 @@ def evaluate(folder: str | Path, *, data_dir: str | Path | None = None) -> dict[
     config = RunConfig.from_dict(read_json(folder / "config.json"))
     if data_dir is not None:
         config = config.replace(data_dir=str(data_dir))
-    data = _load(config)
+    data = load_data(config)
     with training_context(config) as fabric:
         session = Session(config, prepare_on(fabric, data, config), fabric)
         teacher = load_teacher(session, folder, teacher_key(config, session.prepared.digest))
@@ -153,7 +155,7 @@ def training_context(config: RunConfig) -> Iterator[Fabric]:
     """A launched Fabric; within the block subnormals are flushed, and torch's generators are put back at the end."""
     # The optional parts of a method have no gradient in one of the two stages.
     strategy = "ddp_find_unused_parameters_true" if config.devices > 1 else "auto"
-    with flush_denormals(config.flush_denormal), torch.random.fork_rng():
+    with flush_denormals(config.flush_denormal), torch.random.fork_rng(), nvtx_ranges():
         fabric = Fabric(
             accelerator=config.accelerator,
             devices=config.devices,
@@ -161,6 +163,7 @@ def training_context(config: RunConfig) -> Iterator[Fabric]:
             precision=config.precision,  # type: ignore[arg-type]
         )
         fabric.launch()
+        check_graphs_possible(config.graph_step, fabric.device, config.devices)
         yield fabric
 
 
@@ -202,7 +205,8 @@ def _enter(config: RunConfig, folder: Path, resume: bool) -> dict[str, Any] | No
     return read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else None
 
 
-def _load(config: RunConfig) -> TimeSeriesData:
+def load_data(config: RunConfig) -> TimeSeriesData:
+    """The data set of a run, prepared as its options say."""
     return load_dataset(
         config.dataset,
         normalisation=config.normalisation,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,6 +44,8 @@ class Session:
         history: gets a record per epoch.
         store: checkpoints, or None.
         progress: told of every epoch, or None.
+        rehearsed: the student inside its method, as it was built, once `rehearse` has run it: what was found out
+            about it there (the sampler's capture of its denoiser) need not be found out again.
     """
 
     config: RunConfig
@@ -51,6 +54,7 @@ class Session:
     history: History = field(default_factory=History)
     store: CheckpointStore | None = None
     progress: Progress | None = None
+    rehearsed: Distiller | None = None
 
     def build(self, name: str, options: dict[str, Any], *seed: Any) -> Classifier:
         """A network by name, its weights drawn from the run's seed and `seed`."""
@@ -94,7 +98,7 @@ def build_student(session: Session, teacher_dim: int) -> Distiller:
 
 
 def rehearse(session: Session) -> None:
-    """Run the loss of every phase once on copies, so that what cannot work is found before anything is trained.
+    """Run the loss of every phase once, so that what cannot work is found before anything is trained.
 
     Raises:
         ValueError: batches of one series where a BatchNorm would see them; and whatever the networks, the method, the
@@ -115,11 +119,14 @@ def rehearse(session: Session) -> None:
     rows = torch.arange(min(4, len(values)), device=values.device)
     teacher.to(values).eval()
     distiller.to(values).train()
+    built = copy.deepcopy(distiller.state_dict())
     with torch.no_grad(), session.fabric.autocast():
         full, prefix = (TrainingSet(series).batch(rows) for series in (prepared.full_train, prepared.prefix_train))
         prefix.z_long, prefix.teacher_logits = teacher(full.x_prefix, full.lengths)
         for epoch in (0, distiller.warmup_epochs):
             distiller.loss(prefix, epoch)
+    distiller.load_state_dict(built)  # the running statistics of BatchNorms have moved
+    session.rehearsed = distiller
 
 
 def train_teacher(session: Session) -> Teacher:
@@ -243,8 +250,10 @@ def train_student(session: Session, teacher: Teacher | None) -> tuple[Distiller,
         The distiller as it was after the last epoch, and the selection that holds the student's kept weights.
     """
     config, prepared = session.config, session.prepared
-    width = build_teacher(session).feature_dim if teacher is None else teacher.model.feature_dim
-    distiller = build_student(session, width)
+    distiller, session.rehearsed = session.rehearsed, None
+    if distiller is None:
+        width = build_teacher(session).feature_dim if teacher is None else teacher.model.feature_dim
+        distiller = build_student(session, width)
     known: tuple[Tensor, ...] = ()
     if teacher is not None and distiller.uses_teacher:
         known = outputs(teacher.model, prepared.full_train)
