@@ -142,14 +142,18 @@ inline void round_bf16(const float* x, long n, float* out) {
   }
 }
 
+#ifdef GK_BF16
 // words[l/2][n] = (bf16 x[l][n], bf16 x[l + 1][n]), the even one in the low half; n a multiple of the lanes.
+// The instruction rounds to nearest even and takes subnormals for zero, as the products do.
 inline void pair_rows(const float* x, long ld, long depth, int n, float* words, long ld_words) {
-  using I = Simd<float>::I;
+  alignas(64) static constexpr uint16_t kInterleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i order = _mm512_load_si512(kInterleave);
   for (long l = 0; l < depth; l += 2)
     for (int i = 0; i < n; i += kLanes<float>) {
-      const V<float> low = round_bf16(load(x + l * ld + i));
-      const V<float> high = l + 1 < depth ? round_bf16(load(x + (l + 1) * ld + i)) : V<float>{};
-      const I word = (((I)(low) >> 16) & 0xffff) | (I)(high);
-      store(words + l / 2 * ld_words + i, (V<float>)(word));
+      const V<float> low = load(x + l * ld + i), high = l + 1 < depth ? load(x + (l + 1) * ld + i) : V<float>{};
+      const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(__m512(high), __m512(low));
+      store(words + l / 2 * ld_words + i, V<float>((__m512)_mm512_permutexvar_epi16(order, both)));
     }
 }
+#endif
