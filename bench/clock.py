@@ -25,12 +25,15 @@ class Timing:
     samples: int
 
 
-def interleave(contenders: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, Timing]:
+def interleave(
+    contenders: Mapping[str, Callable[[], object]], seconds: float, now: Callable[[], float] = time.perf_counter
+) -> dict[str, Timing]:
     """Time contenders in turn, A B A B ..., so that a slow minute of the machine slows all of them alike.
 
     Args:
         contenders: functions by name.
         seconds: time to spend on all of them together; each gets at least five samples.
+        now: the clock. `time.thread_time` is the processor time of the calling thread, for machines that others use.
     """
     calls = {name: _calls_per_sample(function) for name, function in contenders.items()}
     samples: dict[str, list[float]] = {name: [] for name in contenders}
@@ -43,10 +46,10 @@ def interleave(contenders: Mapping[str, Callable[[], object]], seconds: float) -
             if done >= _MIN_ROUNDS and time.perf_counter() > end:
                 break
             for name, function in contenders.items():
-                began = time.perf_counter()
+                began = now()
                 for _ in range(calls[name]):
                     function()
-                samples[name].append((time.perf_counter() - began) / calls[name])
+                samples[name].append((now() - began) / calls[name])
     finally:
         if enabled:
             gc.enable()

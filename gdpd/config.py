@@ -241,6 +241,14 @@ class RunConfig:
         group="machine",
         changes_result=False,
     )
+    teacher_memory: int = option(
+        256,
+        "Largest size at which what the teacher makes of the training set is kept in memory; above, it is a "
+        "memory-mapped file in teacher_dir, or a temporary one.",
+        unit="MiB",
+        group="machine",
+        changes_result=False,
+    )
     checkpoint_every: int = option(
         20, "Epochs between checkpoints.", unit="epochs", group="machine", changes_result=False
     )
@@ -282,7 +290,7 @@ class RunConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is below 1. Give a whole number of at least 1.")
-        for name in ("loss_ratio", "weight_decay", "eta", "teacher_retries"):
+        for name in ("loss_ratio", "weight_decay", "eta", "teacher_retries", "teacher_memory"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} is not a finite number of at least 0.")
         for name in ("learning_rate", "temperature", "lr_gamma"):

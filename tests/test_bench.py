@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import cases, check, clock, figures, rivals, tables
+from bench import cases, check, clock, demo, figures, release_step, rivals, step, tables
 from bench.cases import Case
 
 SMALL = [Case("paper", 8, 12, 3, mode) for mode in cases.MODES] + [Case("mlp", 3, 7, 2, mode) for mode in cases.MODES]
@@ -101,3 +101,36 @@ def test_slower_than_a_rival_is_listed_as_a_loss():
     measured = figures.Measured(SMALL[0], {"eager": fast, "native": slow})
     assert [row[1] for row in tables.losses([measured])[1:]] == ["eager"]
     assert "**loss** 0.50×" in tables.grid([measured], None)[1]
+
+
+def test_the_release_s_step_has_the_loss_and_gradients_of_ours():
+    theirs, ours, error = step.Steps(step.StepCase("lstm2-32", 8, 12)).losses()
+    assert abs(theirs - ours) < 1e-5 * theirs
+    assert error < 1e-3
+
+
+def test_steps_that_are_not_the_same_are_not_timed(monkeypatch):
+    monkeypatch.setattr(release_step, "release_sample", lambda module, z, *_: z)
+    with pytest.raises(RuntimeError, match="not the same step"):
+        step.measure(step.StepCase("lstm2-32", 8, 12), 0.0)
+
+
+def test_every_step_is_timed_and_its_target_told():
+    timings = step.measure(step.StepCase("lstm2-32", 8, 12), 0.0)
+    assert set(timings) == {*step.HOWS, "gdpd, first stage"}
+    header, row, large = step.rows({step.StepCase("lstm2-32", 8, 12): timings, step.StepCase(): timings})
+    assert len(header) == len(row)
+    assert "target" not in " ".join(row)
+    assert "target 4×" in " ".join(large)
+
+
+def test_the_demo_s_table_is_the_ratio_of_medians():
+    rows = demo.rows({"before": [(60.0, 90.0), (70.0, 80.0), (80.0, 70.0)], "now": [(40.0, 20.0)]})
+    assert [row[-1] for row in rows] == ["ratio", "1.75× (target 2×: missed)", "4.00×"]
+
+
+def test_a_demo_that_fails_is_not_timed(tmp_path):
+    with pytest.raises(RuntimeError, match="seeds=9"):
+        demo.run_demo(demo.ROOT, 9)
+    with pytest.raises(SystemExit):
+        demo.main(["--before", str(tmp_path)])

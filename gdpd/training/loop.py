@@ -133,7 +133,7 @@ def _train_epoch(
     seen: dict[str, list[Tensor]] = defaultdict(list)
     for rows in batches(len(train), config.batch_size, order, least=2 * ranks):
         with span("data"):
-            batch = train.batch((rows if ranks == 1 else rows[rank::ranks]).to(device))
+            batch = train.batch(rows if ranks == 1 else rows[rank::ranks])
         sizes.append(len(rows))
         for name, part in step(batch, epoch).items():
             seen[name].append(part)

@@ -108,7 +108,7 @@ def _phase(
 
     def run() -> None:
         with span("data"):
-            batch = train.batch(next(rows).to(fabric.device))
+            batch = train.batch(next(rows))
         step(batch, epoch)
 
     def timed() -> float:

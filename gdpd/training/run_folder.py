@@ -100,6 +100,7 @@ def run(
             write_json(folder / "versions.json", versions(fabric))
             session.history = History(folder / "history.jsonl")
         session.store = CheckpointStore(folder / "checkpoints", config, session.prepared.digest)
+        session.teacher_home = shared_home(config, session.prepared.digest)
         session.progress = Several(listeners) if listeners and fabric.is_global_zero else None
         teacher = _teacher(session, folder)
         distiller, selection = train_student(session, teacher)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from gdpd.training.checkpoint import CheckpointStore
 from gdpd.training.history import History, Progress
 from gdpd.training.loop import derived_seed, fit, scores_of
 from gdpd.training.selection import Selection
+from gdpd.training.teacher_outputs import teacher_outputs
 from gdpd.training.tensors import Prepared, TrainingSet, outputs
 
 CHANCE_LEVEL = 0.05  # of the permutation test that a teacher has to pass
@@ -46,6 +48,7 @@ class Session:
         progress: told of every epoch, or None.
         rehearsed: the student inside its method, as it was built, once `rehearse` has run it: what was found out
             about it there (the sampler's capture of its denoiser) need not be found out again.
+        teacher_home: folder that runs share with this one's teacher, or None.
     """
 
     config: RunConfig
@@ -55,6 +58,7 @@ class Session:
     store: CheckpointStore | None = None
     progress: Progress | None = None
     rehearsed: Distiller | None = None
+    teacher_home: Path | None = None
 
     def build(self, name: str, options: dict[str, Any], *seed: Any) -> Classifier:
         """A network by name, its weights drawn from the run's seed and `seed`."""
@@ -256,7 +260,9 @@ def train_student(session: Session, teacher: Teacher | None) -> tuple[Distiller,
         distiller = build_student(session, width)
     known: tuple[Tensor, ...] = ()
     if teacher is not None and distiller.uses_teacher:
-        known = outputs(teacher.model, prepared.full_train)
+        known = teacher_outputs(
+            teacher.model, prepared.full_train, limit=config.teacher_memory * 2**20, home=session.teacher_home
+        )
     train = TrainingSet(prepared.prefix_train, *known)
     selection = Selection(
         config.selection,

@@ -53,19 +53,23 @@ class TrainingSet:
         return len(self.series)
 
     def batch(self, index: Tensor) -> Batch:
-        """The rows `index`, int64 [batch], collated."""
+        """The rows `index`, int64 [batch], collated on the device of the series."""
         series = self.series
+        device = series.x.device
+        placed = index.to(device)
 
-        def rows(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values.index_select(0, index)
+        def rows(values: Tensor) -> Tensor:
+            if values.device == device:
+                return values.index_select(0, placed)
+            return values.index_select(0, index.to(values.device)).to(device)  # large teacher outputs stay on the host
 
         return Batch(
-            x_prefix=series.x.index_select(0, index),
-            y=series.y.index_select(0, index),
-            lengths=rows(series.lengths),
-            index=index,
-            z_long=rows(self.z_long),
-            teacher_logits=rows(self.teacher_logits),
+            x_prefix=rows(series.x),
+            y=rows(series.y),
+            lengths=None if series.lengths is None else rows(series.lengths),
+            index=placed,
+            z_long=None if self.z_long is None else rows(self.z_long),
+            teacher_logits=None if self.teacher_logits is None else rows(self.teacher_logits),
         )
 
 
