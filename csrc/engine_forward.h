@@ -38,12 +38,14 @@
           for (long j = 0; j < n; j += L) store(y + j, V<T>(load(x + j) * T(op.attr[0]) + T(op.attr[1])));
           break;
         case Kind::Slice:
-          __builtin_memcpy(y, x + long(op.attr[0]) * R, sizeof(T) * n);
+          x += long(op.attr[0]) * R;
+          if (y != x) __builtin_memcpy(y, x, sizeof(T) * n);  // equal: a view of the state
           break;
         case Kind::Concat:
           for (size_t j = 0; j < op.in.size(); ++j) {
             const long size = long(plan.width[op.in[j]]) * R;
-            __builtin_memcpy(y, value[op.in[j]], sizeof(T) * size);
+            const T* part = value[op.in[j]];
+            if (part != y) __builtin_memcpy(y, part, sizeof(T) * size);  // equal: computed there
             y += size;
           }
           break;

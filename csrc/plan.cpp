@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <functional>
 #include <mutex>
 #include <new>
 #include <stdexcept>
@@ -24,6 +25,11 @@ class Reader {
   const std::vector<int64_t>& code_;
   size_t at_ = 0;
 };
+
+// A slice of z is a view: nothing is copied, and what reads it adds to its part of z's gradient.
+bool views_state(const Plan& plan, const Op& op) {
+  return op.kind == Kind::Slice && op.in[0] == 0 && op.out != plan.output;
+}
 
 }  // namespace
 
@@ -94,6 +100,8 @@ Flow analyse(const Plan& plan, const Wanted& wanted, bool need_z) {
   std::vector<char> written(plan.width.size(), 0);
   for (int v = 0; v <= plan.outer_values(); ++v) written[v] = 1;
   written[plan.output] = 1;
+  for (const Op& op : plan.ops)
+    if (views_state(plan, op)) written[op.out] = 1;
   for (int i = int(plan.ops.size()) - 1; i >= 0; --i) {
     const Op& op = plan.ops[i];
     flow.add[i].assign(op.in.size(), 0);
@@ -174,6 +182,30 @@ void place_outer(const Plan& plan, Layout& layout) {
     layout.at[v] = layout.rows[kOuter];
     layout.rows[kOuter] += plan.width[v];
   }
+  for (const Op& op : plan.ops) {
+    if (!views_state(plan, op)) continue;
+    layout.place[op.out] = kKept;
+    layout.at[op.out] = int(op.attr[0]);
+  }
+}
+
+int offset_in(const Plan& plan, const Op& concat, int value) {
+  int offset = 0;
+  for (size_t j = 0; concat.in[j] != value; ++j) offset += plan.width[concat.in[j]];
+  return offset;
+}
+
+// Of every value, the concat in whose rows it is computed, -1 for none: it must be the last to read the value.
+std::vector<int> joined_in_place(const Plan& plan, const Layout& layout, const std::vector<int>& last_use) {
+  std::vector<int> joined(plan.width.size(), -1);
+  for (size_t i = 0; i < plan.ops.size(); ++i) {
+    const Op& op = plan.ops[i];
+    if (op.kind != Kind::Concat || layout.place[op.out] != kScratch) continue;
+    for (int v : op.in)
+      if (layout.place[v] == kScratch && last_use[v] == int(i) && std::count(op.in.begin(), op.in.end(), v) == 1)
+        joined[v] = int(i);
+  }
+  return joined;
 }
 
 // Values that the backward of an operation reads.
@@ -215,9 +247,24 @@ Layout value_layout(const Plan& plan, Keep keep) {
     for (const Op& op : plan.ops)
       for (int v : read_by_backward(op, keep))
         if (v > plan.outer_values()) layout.place[v] = kKept;
+  const std::vector<int> joined = joined_in_place(plan, layout, last_use);
+  std::vector<char> taken(plan.width.size(), 0);
   Rows scratch;
+  // Rows for a value, which are those of its concat where it has one: the first operand takes them for all.
+  const std::function<void(int)> take = [&](int v) {
+    if (taken[v]) return;
+    taken[v] = 1;
+    if (joined[v] < 0) {
+      layout.at[v] = scratch.take(plan.width[v]);
+      return;
+    }
+    const Op& concat = plan.ops[joined[v]];
+    take(concat.out);
+    layout.at[v] = layout.at[concat.out] + offset_in(plan, concat, v);
+  };
   for (size_t i = 0; i < plan.ops.size(); ++i) {
     const Op& op = plan.ops[i];
+    if (views_state(plan, op)) continue;
     if (op.kind == Kind::LayerNorm || op.kind == Kind::RmsNorm) {
       layout.norm[i] = layout.rows[kKept];
       layout.rows[kKept] += 2;
@@ -227,16 +274,16 @@ Layout value_layout(const Plan& plan, Keep keep) {
     if (layout.place[op.out] == kKept) {
       layout.at[op.out] = layout.rows[kKept];
       layout.rows[kKept] += op.width;
-    } else if (elementwise(op.kind) && dies(op.in[0]) && (op.in.size() == 1 || op.in[1] != op.in[0])) {
+    } else if (elementwise(op.kind) && joined[op.out] < 0 && dies(op.in[0]) && (op.in.size() == 1 || op.in[1] != op.in[0])) {
       layout.at[op.out] = layout.at[op.in[0]];
       in_place = true;
     } else {
-      layout.at[op.out] = scratch.take(op.width);
+      take(op.out);
     }
     for (size_t j = 0; j < op.in.size(); ++j) {
       const int v = op.in[j];
       const bool again = std::find(op.in.begin(), op.in.begin() + long(j), v) != op.in.begin() + long(j);
-      if (dies(v) && !again && !(in_place && j == 0)) scratch.give(layout.at[v], plan.width[v]);
+      if (dies(v) && !again && joined[v] < 0 && !(in_place && j == 0)) scratch.give(layout.at[v], plan.width[v]);
     }
     if (last_use[op.out] < 0 && layout.place[op.out] == kScratch) scratch.give(layout.at[op.out], op.width);
   }
@@ -248,9 +295,11 @@ Layout gradient_layout(const Plan& plan, const Flow& flow) {
   Layout layout;
   place_outer(plan, layout);
   Rows scratch;
-  std::vector<char> held(plan.width.size(), 0);
+  std::vector<char> held(plan.width.size(), 0), fixed(plan.width.size(), 0);
+  for (int v = 0; v <= plan.outer_values(); ++v) fixed[v] = 1;
+  for (const Op& op : plan.ops) fixed[op.out] = views_state(plan, op);
   const auto hold = [&](int v) {
-    if (held[v] || v <= plan.outer_values()) return;
+    if (held[v] || fixed[v]) return;
     layout.at[v] = scratch.take(plan.width[v]);
     held[v] = 1;
   };
@@ -259,9 +308,20 @@ Layout gradient_layout(const Plan& plan, const Flow& flow) {
     const Op& op = plan.ops[i];
     if (!flow.live[i]) continue;
     bool handed_on = false;
+    int first = layout.at[op.out];
     for (size_t j = 0; j < op.in.size(); ++j) {
       const int v = op.in[j];
-      if (!flow.need[v] || held[v] || v <= plan.outer_values()) continue;
+      if (op.kind == Kind::Concat && held[op.out]) {
+        // An operand's gradient is its part of the result's, where that is the first of it.
+        const bool own = flow.need[v] && !held[v] && !fixed[v];
+        if (own) layout.at[v] = first;
+        if (own) held[v] = 1;
+        if (!own) scratch.give(first, plan.width[v]);
+        first += plan.width[v];
+        handed_on = true;
+        continue;
+      }
+      if (!flow.need[v] || held[v] || fixed[v]) continue;
       // The first gradient of an elementwise operation's operand takes the place of the result's.
       const bool twice = op.in.size() > 1 && op.in[1] == op.in[0];
       if (j == 0 && elementwise(op.kind) && !twice && held[op.out]) {

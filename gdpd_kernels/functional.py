@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from gdpd_kernels.arguments import (
 )
 from gdpd_kernels.backends import BackendError, BackendFallback, Request, load, reference, resolve, saved_numel
 from gdpd_kernels.capture import CapturedDenoiser, CaptureError, capture
+from gdpd_kernels.hidden_walk import HiddenWalk, hidden_walk
 from gdpd_kernels.passes import Rewrite, fold_batch_norm_eval, fold_time_tables
 from gdpd_kernels.philox import philox_normal, philox_words
 from gdpd_kernels.program import DenoiserProgram
@@ -122,23 +123,13 @@ def reverse_sample(
             rewrite = _folded(program)
             program = rewrite.program
             params, tables = rewrite.transform(params, tables)
-        z_hat, stats, _ = ops.reverse_sample(
-            z_short,
-            mix,
-            noise,
-            key,
-            rows,
-            tables,
-            params,
-            program.text,
-            table.flat,
-            samples,
-            chosen,
-            _name(compute),
-            _save_mode(
-                chosen, program, [z_short, mix, *rows, *tables], params, len(table), samples * batch, z_short.dtype
-            ),
-        )
+        walk = partial(_walk, chosen, compute)
+        arguments = z_short, mix, noise, key, rows, tables, params, table.flat, samples
+        hidden = None
+        if chosen == "native" and compute == z_short.dtype and not table.stochastic:
+            inputs = z_short, mix, *rows, *tables
+            hidden = _hidden_walk_that_pays(program, inputs, params, samples * batch, len(table))
+        z_hat, stats = walk(program, *arguments) if hidden is None else hidden.run(walk, *arguments)
         _update_running_stats(captured.batch_norms, stats, samples * batch, chosen)
     return z_hat if num_samples is None else z_hat.view(samples, batch, features)
 
@@ -294,6 +285,46 @@ def _saved_shape(backend: str, program: str, dtype: torch.dtype, save: int) -> t
 # torch.compiler.assume_constant_result does, without importing the compiler where nothing is compiled.
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _saved_shape._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _hidden_walk_that_pays(
+    program: DenoiserProgram, inputs: Sequence[Tensor | None], params: Sequence[Tensor], rows: int, steps: int
+) -> HiddenWalk | None:
+    """The walk in hidden space where it is less work, by its cost model."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return None
+    hidden = hidden_walk(program)
+    if hidden is None:
+        return None
+    computes = "forward"
+    if torch.is_grad_enabled():
+        if any(x.requires_grad for x in params):
+            computes = "parameters"
+        elif any(x is not None and x.requires_grad for x in inputs):
+            computes = "inputs"
+    return hidden if hidden.saved(rows, steps, computes) > 0 else None
+
+
+def _walk(
+    backend: str,
+    compute: torch.dtype,
+    program: DenoiserProgram,
+    z_short: Tensor,
+    mix: Tensor | None,
+    noise: Tensor | None,
+    key: Tensor | None,
+    rows: list[Tensor],
+    tables: list[Tensor],
+    params: list[Tensor],
+    coefficients: tuple[float, ...],
+    samples: int,
+) -> tuple[Tensor, Tensor]:
+    """The operator, with what forward keeps decided: z_hat and the batch statistics."""
+    inputs, total = [z_short, mix, *rows, *tables], samples * z_short.shape[0]
+    save = _save_mode(backend, program, inputs, params, len(coefficients) // 3, total, z_short.dtype)
+    arguments = z_short, mix, noise, key, rows, tables, params, program.text, coefficients, samples
+    z_hat, stats, _ = ops.reverse_sample(*arguments, backend, _name(compute), save)
+    return z_hat, stats
 
 
 def _save_mode(
