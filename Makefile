@@ -13,7 +13,7 @@ PIP    := $(PY) -m pip install --disable-pip-version-check --no-input --no-compi
 BUILD  := pyproject.toml $(wildcard setup.py csrc/*.* csrc/*/*.*)
 DEMO   ?= demo
 
-.PHONY: help demo test lint types docs bench clean
+.PHONY: help demo test lint types docs bench wheel clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1: \2/p' Makefile
@@ -35,6 +35,13 @@ docs: $(VENV)/.dev  ## links, docstrings and wording of the documentation
 
 bench: $(VENV)/.dev  ## every benchmark once, at its smallest size, to see that it runs
 	$(PY) -m bench.smoke
+
+wheel: $(VENV)/.dev  ## sdist and manylinux wheel in dist/, built without torch, checked and tried
+	rm -rf dist
+	$(PY) -m build --outdir dist/plain
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m auditwheel repair --wheel-dir dist dist/plain/*.whl
+	mv dist/plain/*.tar.gz dist && rm -rf dist/plain
+	$(PY) packaging/check_wheel.py dist/*.whl
 
 clean:  ## remove what was built or measured, keep .venv
 	rm -rf build dist .coverage .asv .pytest_cache .mypy_cache .ruff_cache .hypothesis $(DEMO)

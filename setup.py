@@ -1,7 +1,8 @@
 """Builds the optional compiled module gdpd_kernels._native; everything else is in pyproject.toml.
 
 GDPD_KERNELS_BUILD=0 leaves the module out, =1 makes a failed build an error. Unset, a machine without a C++ compiler
-gets the pure-Python package, which runs on the reference backend and says so in `python -m gdpd_kernels.info`.
+gets the pure-Python package, which runs on the reference backend and says so in `python -m gdpd_kernels.info`; a
+compiler that fails at one instruction set, the module without that one.
 GDPD_KERNELS_SANITIZE=1 builds with the address and undefined-behaviour sanitizers, GDPD_KERNELS_ONLY=avx2 (say) for one
 instruction set alone: for the test that wants that, which would wait for the rest.
 """
@@ -12,7 +13,7 @@ import sys
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import BaseError, CCompilerError
+from setuptools.errors import BaseError, CCompilerError, CompileError
 
 BUILD = os.environ.get("GDPD_KERNELS_BUILD", "")
 SANITIZE = os.environ.get("GDPD_KERNELS_SANITIZE", "") == "1"
@@ -40,22 +41,27 @@ class BuildNative(build_ext):
     def build_extension(self, ext):
         try:
             self._build(ext)
-        except (BaseError, CCompilerError, OSError) as error:  # the second is no subclass of the first
+        except (BaseError, CCompilerError, ImportError, OSError) as error:  # the second is no subclass of the first
             if BUILD == "1":
                 raise
             print(f"gdpd_kernels: building without the native CPU kernels: {error}", file=sys.stderr)
 
     def _build(self, ext):
+        if self.compiler.compiler_type == "msvc":
+            raise CompileError(
+                "the kernels are written in vector extensions of GCC and Clang, for systems with 64-bit long; MSVC has "
+                "neither. On Windows, WSL has both"
+            )
         from concurrent.futures import ThreadPoolExecutor
 
         import pybind11
 
         sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"] if SANITIZE else []
         debug = ["-fno-omit-frame-pointer", "-O1", "-g1"] if SANITIZE else []
-        only = [f"-DGK_ONLY=kernels_{ONLY}"] if ONLY else []
+        defined = [f"-DGK_ONLY=kernels_{ONLY}"] if ONLY else []
 
         def compile_one(source):
-            flags = [*COMMON, *PER_SOURCE.get(source, []), *only, *sanitize, *debug]
+            flags = [*COMMON, *PER_SOURCE.get(source, []), *defined, *sanitize, *debug]
             return self.compiler.compile(
                 [source],
                 output_dir=self.build_temp,
@@ -64,8 +70,22 @@ class BuildNative(build_ext):
                 depends=ext.depends,
             )
 
+        def compile_kernels(source):
+            try:
+                return compile_one(source)
+            except CompileError as error:
+                if BUILD == "1" or ONLY or source == "csrc/kernels_baseline.cpp":
+                    raise
+                name = source.removeprefix("csrc/kernels_").removesuffix(".cpp")
+                print(f"gdpd_kernels: building without the instruction set {name}: {error}", file=sys.stderr)
+                defined.append(f"-DGK_WITHOUT_{name.upper()}")
+                return []
+
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = [name for names in pool.map(compile_one, ext.sources) for name in names]
+            kernels = list(pool.map(compile_kernels, [s for s in ext.sources if s in KERNELS]))
+            # After them: dispatch.cpp has to know which there are.
+            shared = list(pool.map(compile_one, [s for s in ext.sources if s not in KERNELS]))
+        objects = [name for names in [*kernels, *shared] for name in names]
         target = self.get_ext_fullpath(ext.name)
         os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
         link = ["-Wl,-s"] if sys.platform == "linux" and not SANITIZE else []

@@ -21,9 +21,16 @@ std::vector<Entry> entries() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  // What a compiler could not compile is left out: setup.py.
+#ifndef GK_WITHOUT_AVX2
   found.push_back({kernels_avx2(), avx2});
+#endif
+#ifndef GK_WITHOUT_AVX512
   found.push_back({kernels_avx512(), avx512});
+#endif
+#ifndef GK_WITHOUT_AVX512_BF16
   found.push_back({kernels_avx512_bf16(), avx512 && __builtin_cpu_supports("avx512bf16")});
+#endif
 #endif
   return found;
 #endif

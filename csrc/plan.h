@@ -9,6 +9,9 @@
 
 namespace gk {
 
+// Sizes and strides are long throughout: where that has 32 bits (Windows, 32-bit systems), addresses would be wrong.
+static_assert(sizeof(long) == 8 && sizeof(void*) == 8, "the kernels need 64-bit long; without them, Python runs");
+
 // The order is that of `_KINDS` in backends/native_backend.py.
 enum class Kind : int {
   Linear,

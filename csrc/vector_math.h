@@ -117,7 +117,7 @@ GK_INLINE void vcossin_turns(V<float> u, V<float>& cosine, V<float>& sine) {
   const I k = __builtin_convertvector(quarter, I) & 3;
   const I swap = (k & 1) != 0;
   const V<float> c = swap ? sin_r : cos_r, d = swap ? cos_r : sin_r;
-  cosine = (k == 1) | (k == 2) ? -c : c;
+  cosine = ((k == 1) | (k == 2)) ? -c : c;
   sine = k >= 2 ? -d : d;
 }
 

@@ -1,0 +1,99 @@
+"""`make wheel`: what holds of a wheel before anyone installs it, and that its kernels work from where pip puts them.
+
+    python packaging/check_wheel.py dist/*.whl
+
+Exit status 1, with a line for each thing that is wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from email.parser import Parser
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1] / "tests" / "gdpd_kernels"
+MOST_BYTES = 5_000_000
+HEAVY = {"torch", "numpy"}  # all that a plain install may ask for
+
+# Run beside the unpacked wheel and nothing of the clone: forward, backward, and agreement with the reference.
+SMOKE = """
+import torch, gdpd_kernels as gk
+assert not gk.__file__.startswith({clone!r}), gk.__file__
+class Denoiser(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.SiLU(), torch.nn.Linear(32, 8))
+    def forward(self, z, t):
+        return self.net(z)
+torch.manual_seed(0)
+denoiser, z = Denoiser(), torch.randn(37, 8, requires_grad=True)
+results = []
+for backend in ("native", "reference"):
+    z_hat = gk.reverse_sample(denoiser, z, table=gk.ddim_table(), alpha=0.5, seed=1, backend=backend)
+    results.append([z_hat, *torch.autograd.grad(z_hat.square().sum(), [z, *denoiser.parameters()])])
+for a, b in zip(*results):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+"""
+
+
+def faults(wheel: Path) -> Iterator[str]:
+    """What is wrong with the file itself."""
+    size = wheel.stat().st_size
+    if size > MOST_BYTES:
+        yield f"{size} bytes, more than {MOST_BYTES}"
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        metadata = next(name for name in names if name.endswith(".dist-info/METADATA"))
+        fields = Parser().parsestr(archive.read(metadata).decode())
+    native = [name for name in names if name.startswith("gdpd_kernels/_native.")]
+    if len(native) != 1:
+        yield f"compiled modules: {native or 'none'}; expected one"
+    if sys.platform == "linux" and "manylinux" not in wheel.name:
+        yield "the name is not that of a manylinux wheel: run auditwheel repair"
+    stray = [name for name in names if not name.startswith(("gdpd/", "gdpd_kernels/", "gdpd_kernels-"))]
+    stray += [name for name in names if name.endswith((".cpp", ".h", ".pyc"))]
+    if stray:
+        yield f"does not belong there: {', '.join(stray)}"
+    wanted = {line.split(";")[0] for line in fields.get_all("Requires-Dist", []) if "extra ==" not in line}
+    heavy = {line for line in wanted if not line.startswith(tuple(HEAVY))}
+    if heavy:
+        yield f"a plain install would bring {', '.join(sorted(heavy))}"
+
+
+def smoke(wheel: Path) -> Iterator[str]:
+    """What goes wrong when it is unpacked somewhere and used with the torch of this interpreter."""
+    with tempfile.TemporaryDirectory() as folder:
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, str(wheel)]
+        subprocess.run(pip, check=True)
+        script = SMOKE.format(clone=str(TESTS.parents[1]))
+        found = subprocess.run(
+            [sys.executable, "-P", "-c", script] if sys.version_info >= (3, 11) else [sys.executable, "-c", script],
+            env=os.environ | {"PYTHONPATH": folder},
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if found.returncode:
+            yield found.stderr.strip()
+
+
+def main(paths: list[str]) -> int:
+    """Check every wheel; 1 if anything is wrong, or if there is none."""
+    wrong = [] if paths else ["no wheel given"]
+    for path in map(Path, paths):
+        found = [*faults(path), *smoke(path)]
+        wrong += [f"{path.name}: {fault}" for fault in found]
+        print(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB, {len(found)} faults")
+    for fault in wrong:
+        print(fault, file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
