@@ -34,6 +34,7 @@ RANDOM = "it draws random numbers; call .eval() or set p = 0 (a fused sampler dr
 HINTS = {
     "bernoulli": RANDOM,
     "native_dropout": RANDOM,
+    "rrelu_with_noise": RANDOM,
     "bmm": "a product of two activations (attention) has no counterpart in a program",
     "_softmax": "a softmax over features has no counterpart in a program",
 }
@@ -282,6 +283,13 @@ def _row_norm(
 
 def _as_vector(param: fx.Node | None) -> list[tuple[Any, ...]]:
     return [] if param is None or param.meta["val"].dim() == 1 else [(aten.reshape.default, [-1])]
+
+
+@handles("empty_like")
+def _memory(low: Lowering, node: fx.Node, a: dict[str, Any]) -> Operand:
+    if any(HINTS.get(name_of(user).removesuffix("_")) == RANDOM for user in node.users):
+        return None  # dropout's mask: the obstacle is that it is drawn, and is reported there
+    raise Obstacle("makes memory without values, to be written in place later")
 
 
 # --- reading nodes ----------------------------------------------------------------------------------------------------
