@@ -31,8 +31,10 @@ PER_SOURCE = {
     "csrc/kernels_avx512.cpp": AVX512,
     "csrc/kernels_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
 }
-SHARED = ["csrc/bindings.cpp", "csrc/dispatch.cpp", "csrc/parallel.cpp", "csrc/plan.cpp"]
-KERNELS = [f"csrc/kernels_{ONLY}.cpp"] if ONLY else [s for s in PER_SOURCE if X86 or s == "csrc/kernels_baseline.cpp"]
+PER_SOURCE |= {source.replace("kernels_", "lstm_"): flags for source, flags in PER_SOURCE.items()}
+SHARED = [f"csrc/{name}.cpp" for name in ("bindings", "bindings_lstm", "dispatch", "memory", "parallel", "plan")]
+WANTED = f"_{ONLY}.cpp" if ONLY else ".cpp" if X86 else "_baseline.cpp"
+KERNELS = [source for source in PER_SOURCE if source.endswith(WANTED)]
 
 
 class BuildNative(build_ext):

@@ -9,6 +9,8 @@
 namespace py = pybind11;
 using Address = uintptr_t;
 
+void bind_lstm(py::module_& m);  // bindings_lstm.cpp
+
 namespace {
 
 using gk::Call;
@@ -296,4 +298,5 @@ PYBIND11_MODULE(_native, m) {
     gk::use_openmp(out(parallel), out(thread), out(threads));
   });
   m.def("uses_openmp", &gk::uses_openmp);
+  bind_lstm(m);
 }

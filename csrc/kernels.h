@@ -23,23 +23,7 @@ namespace GK_ISA {
 #include "gemm.h"
 #include "layers.h"
 #include "engine.h"
-
-// Subnormal numbers cost a hundred cycles each on many processors: inside our calls they are zero.
-struct FlushSubnormals {
-#ifdef GK_X86
-  unsigned before = _mm_getcsr();
-  FlushSubnormals() { _mm_setcsr(before | 0x8040); }
-  ~FlushSubnormals() { _mm_setcsr(before); }
-#elif defined(__aarch64__)
-  uint64_t before;
-  static void set(uint64_t fpcr) { asm volatile("msr fpcr, %0" ::"r"(fpcr)); }
-  FlushSubnormals() {
-    asm volatile("mrs %0, fpcr" : "=r"(before));
-    set(before | uint64_t(1) << 24);
-  }
-  ~FlushSubnormals() { set(before); }
-#endif
-};
+#include "subnormals.h"
 
 enum class Pass { Forward, Backward, Prior };
 
@@ -90,6 +74,8 @@ void normals(uint64_t seed, long rows, long cols, uint32_t step, uint32_t sample
   }
 }
 
+extern const LstmKernels lstm_table;  // lstm_kernels.h
+
 #define GK_TEXT_(x) #x
 #define GK_TEXT(x) GK_TEXT_(x)
 
@@ -108,6 +94,7 @@ const Kernels table = {
     [](const Call& c) { run<float>(c, Pass::Prior); },
     [](const Call& c) { run<double>(c, Pass::Prior); },
     normals,
+    &lstm_table,
 };
 
 }  // namespace GK_ISA

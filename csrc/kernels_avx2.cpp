@@ -1,7 +1,5 @@
-// AVX2 and FMA; compiled with -mavx2 -mfma.
-#define GK_ISA avx2
-#define GK_VECTOR_BYTES 32
-#define GK_ACCUMULATORS 12
+// The kernels of the reverse sampler, for one instruction set.
+#include "isa_avx2.h"
 #include "kernels.h"
 
 namespace gk {

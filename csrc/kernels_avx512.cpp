@@ -1,7 +1,5 @@
-// AVX-512 F, BW, DQ, VL; compiled with the matching flags.
-#define GK_ISA avx512
-#define GK_VECTOR_BYTES 64
-#define GK_ACCUMULATORS 24
+// The kernels of the reverse sampler, for one instruction set.
+#include "isa_avx512.h"
 #include "kernels.h"
 
 namespace gk {

@@ -153,6 +153,8 @@ struct Tiling {
   long groups;  // groups of tiles: the unit that a thread owns and that accumulates parameter gradients
 };
 
+struct LstmKernels;
+
 struct Kernels {
   const char* name;
   int vector_bytes;
@@ -165,6 +167,7 @@ struct Kernels {
   void (*prior_f64)(const Call&);
   // test hooks
   void (*normals_f32)(uint64_t seed, long rows, long cols, uint32_t step, uint32_t sample, float* out);
+  const LstmKernels* lstm;  // lstm.h
 };
 
 // Aligned scratch memory that one call uses; kept for the next call up to a limit.

@@ -39,6 +39,27 @@ template <class T>
 GK_INLINE void store(T* p, V<T> v) {
   *reinterpret_cast<typename Simd<T>::U*>(p) = v;
 }
+// The first n lanes alone: the others are not read (and zero), or not written.
+template <class T>
+GK_INLINE V<T> load_first(const T* p, long n) {
+#if defined(GK_X86) && GK_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) return V<T>(_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p));
+  if constexpr (sizeof(T) == 8) return V<T>(_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p));
+#else
+  T part[kLanes<T>] = {};
+  for (long i = 0; i < n; ++i) part[i] = p[i];
+  return load(part);
+#endif
+}
+template <class T>
+GK_INLINE void store_first(T* p, V<T> v, long n) {
+#if defined(GK_X86) && GK_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), __m512(v));
+  if constexpr (sizeof(T) == 8) _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), __m512d(v));
+#else
+  for (long i = 0; i < n; ++i) p[i] = v[i];
+#endif
+}
 template <class T>
 GK_INLINE V<T> splat(T x) {
   return x - V<T>{};  // x - 0 is x to the compiler; x + 0 is not, for -0

@@ -4,14 +4,102 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
+import gdpd_kernels as gk
 from gdpd.models.base import Classifier
+from gdpd_kernels.lstm import runs_natively
 
 POOLINGS = ("last", "mean", "max")
+_State = tuple[Tensor, Tensor]
 
 
 class LSTM(nn.LSTM):
-    """Same parameters, arguments and returns as :class:`torch.nn.LSTM` (state dicts load both ways)."""
+    """:class:`torch.nn.LSTM` on the native kernels: same parameters, arguments and returns, state dicts load both ways.
+
+    Forward and backward are one call each of :func:`gdpd_kernels.lstm`, on CPU tensors of float32 or float64 (under
+    autocast with bfloat16 products). What those kernels do not do runs on torch's own, unchanged: other devices and
+    dtypes, ``bidirectional``, ``proj_size``, a :class:`~torch.nn.utils.rnn.PackedSequence`, and tracing, export and
+    functorch transforms. ``torch.compile`` breaks the graph at every ``nn.LSTM``, and this is one; with
+    ``torch._dynamo.config.allow_rnn = True`` it is part of the graph.
+
+    Dropped units (``dropout``, in training) are drawn from another stream than torch's, seeded by torch's generator.
+    """
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor | PackedSequence, hx: _State | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor | PackedSequence, _State]:
+        """All steps of the top layer, and the last states.
+
+        Args:
+            input: [steps, batch, inputs] ([batch, steps, inputs] with ``batch_first``), or [steps, inputs], or packed.
+            hx: h_0 and c_0, each [layers, batch, hidden], or [layers, hidden]; None for zeros.
+            lengths: int [batch], steps of each row in 1..steps, of an input of three dimensions. Outputs past a row's
+                length are zero and its state stays that of its last step, as after packing and padding.
+
+        Returns:
+            ``(output, (h_n, c_n))`` in the form of the input.
+
+        Raises:
+            ValueError: lengths that do not fit, or given beside a form of LSTM or input that takes none.
+            RuntimeError: shapes that do not fit, as from torch.
+        """
+        if lengths is None and not self.native(input):
+            found: tuple[Tensor | PackedSequence, _State] = super().forward(input, hx)
+            return found
+        return self._run(input, hx, lengths, "all")
+
+    def last(self, input: Tensor, hx: _State | None = None, lengths: Tensor | None = None) -> Tensor:
+        """The top layer's output at each row's last step, [batch, hidden]; no other step's is stored.
+
+        Args and errors are those of :meth:`forward`, of an input of three dimensions.
+        """
+        return self._run(input, hx, lengths, "last")[0]
+
+    def native(self, input: Tensor | PackedSequence) -> bool:
+        """Whether the native kernels run this LSTM on such an input."""
+        return (
+            isinstance(input, Tensor)
+            and not (self.bidirectional or self.proj_size)
+            and input.dim() in (2, 3)
+            and input.numel() > 0
+            and not torch.jit.is_tracing()
+            and not torch.compiler.is_exporting()
+            and self.weight_hh_l0.dtype == input.dtype
+            and self.weight_hh_l0.device == input.device
+            and runs_natively(input)
+        )
+
+    def _run(
+        self, input: Tensor | PackedSequence, hx: _State | None, lengths: Tensor | None, output: str
+    ) -> tuple[Tensor, _State]:
+        if not isinstance(input, Tensor) or self.bidirectional or self.proj_size:
+            raise ValueError(
+                "lengths and last() are for LSTMs of one direction without projection, on tensors; pack the input "
+                "(torch.nn.utils.rnn.pack_padded_sequence) instead"
+            )
+        batched = input.dim() == 3
+        if not batched:
+            if lengths is not None or output == "last":
+                raise ValueError(f"input has shape {list(input.shape)}; lengths and last() take three dimensions")
+            input = input.unsqueeze(0 if self.batch_first else 1)
+            hx = None if hx is None else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
+        self._update_flat_weights()
+        self.check_input(input, None)
+        if hx is not None:
+            self.check_forward_args(input, hx, None)
+        found, (h_n, c_n) = gk.lstm(
+            input,
+            self._flat_weights,  # type: ignore[arg-type]
+            hx,
+            lengths=lengths,
+            batch_first=self.batch_first,
+            dropout=self.dropout if self.training else 0.0,
+            output=output,
+        )
+        if not batched:
+            return found.squeeze(0 if self.batch_first else 1), (h_n.squeeze(1), c_n.squeeze(1))
+        return found, (h_n, c_n)
 
 
 class LSTMClassifier(Classifier):
@@ -65,10 +153,13 @@ class LSTMClassifier(Classifier):
     def features(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Feature ``[batch, hidden]`` of ``x`` ``[batch, in_channels, time]``.
 
-        A step's output depends on earlier steps only, so the padding after a series' end needs no packing: it is
-        run through and not read.
+        The native kernels stop at a row's end. Elsewhere the padding after it is run through and not read: a step's
+        output depends on earlier steps only.
         """
-        outputs, _ = self.lstm(x.transpose(1, 2))  # [batch, time, hidden]
+        steps = x.transpose(1, 2)
+        if self.pooling == "last" and self.lstm.native(steps):
+            return self.lstm.last(steps, lengths=lengths)
+        outputs, _ = self.lstm(steps)  # [batch, time, hidden]
         if lengths is None:
             if self.pooling == "last":
                 return outputs[:, -1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import gdpd_kernels as gk
 from gdpd.models import (
     FCN,
     LSTM,
@@ -161,24 +164,115 @@ def test_forget_bias_is_the_sum_of_both_vectors_at_the_forget_gate_only() -> Non
     "options",
     [
         {"num_layers": 2, "batch_first": True, "dropout": 0.0},
+        {"num_layers": 3},
         {"bidirectional": True},
         {"proj_size": 3},
         {"bias": False},
+        {"dtype": torch.float64},
     ],
 )
 def test_lstm_stands_in_for_torchs(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     ours, theirs = LSTM(5, 6, **options), nn.LSTM(5, 6, **options)
     theirs.load_state_dict(ours.state_dict())
-    x = torch.randn(4, 7, 5)
+    dtype = options.get("dtype", torch.float32)
+    x = torch.randn(4, 7, 5, dtype=dtype)
     out, (h, c) = ours(x)
     expected, (expected_h, expected_c) = theirs(x)
     torch.testing.assert_close((out, h, c), (expected, expected_h, expected_c))
     torch.testing.assert_close(ours(x, (h, c))[0], theirs(x, (h, c))[0])
+    one = x[0], (h[:, 0].contiguous(), c[:, 0].contiguous())
+    torch.testing.assert_close(ours(*one), theirs(*one))
+    torch.testing.assert_close(ours(x[0]), theirs(x[0]))
     packed = nn.utils.rnn.pack_padded_sequence(x, [4] * (4 if ours.batch_first else 7), batch_first=ours.batch_first)
     torch.testing.assert_close(ours(packed)[0].data, theirs(packed)[0].data)
     ours.load_state_dict(theirs.state_dict())
     assert isinstance(ours, nn.LSTM)
+    ours.flatten_parameters()
+    for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        torch.testing.assert_close(copied(x)[0], expected)
+        copied(x)[0].sum().backward()
+        assert all(p.grad is not None for p in copied.parameters())
+        assert all(p.grad is None for p in ours.parameters())
+    assert str(ours) == str(theirs)
+
+
+def test_lstm_refuses_what_torchs_refuses_and_in_its_words() -> None:
+    ours, theirs = LSTM(5, 6), nn.LSTM(5, 6)
+    state = torch.zeros(1, 4, 6)
+    for arguments in (
+        (torch.zeros(3, 4, 9),),
+        (torch.zeros(3, 4, 5, 1),),
+        (torch.zeros(3, 4, 5), (state[:, :2], state)),
+        (torch.zeros(3, 4, 5), (state, state[..., :2])),
+        (torch.zeros(3, 4, 5, dtype=torch.float64),),
+    ):
+        with pytest.raises((RuntimeError, ValueError)) as expected:
+            theirs(*arguments)
+        with pytest.raises(type(expected.value)) as found:
+            ours(*arguments)
+        assert str(found.value).replace("LSTM: ", "") == str(expected.value).replace("LSTM: ", "")
+    assert ours(torch.zeros(3, 0, 5))[0].shape == theirs(torch.zeros(3, 0, 5))[0].shape
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_lengths_are_those_of_packed_sequences(batch_first: bool) -> None:
+    torch.manual_seed(0)
+    ours = LSTM(3, 6, num_layers=2, batch_first=batch_first)
+    lengths = torch.tensor([4, 9, 1, 7])
+    x = torch.randn((4, 9, 3) if batch_first else (9, 4, 3))
+    packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first, enforce_sorted=False)
+    expected, states = super(LSTM, ours).forward(packed)
+    expected = nn.utils.rnn.pad_packed_sequence(expected, batch_first, total_length=9)[0]
+    torch.testing.assert_close(ours(x, lengths=lengths), (expected, states))
+    torch.testing.assert_close(ours.last(x, lengths=lengths), states[0][-1])
+    torch.testing.assert_close(ours.last(x), super(LSTM, ours).forward(x)[1][0][-1])
+    with pytest.raises(ValueError, match="lengths has values from 0 to 3; expected 1 to 9"):
+        ours(x, lengths=torch.tensor([1, 2, 0, 3]))
+    with pytest.raises(ValueError, match=r"lengths and last\(\) take three dimensions"):
+        ours(x[0], lengths=torch.tensor([2]))
+    for other, form in ((LSTM(3, 6, bidirectional=True), x), (LSTM(3, 6), packed)):
+        with pytest.raises(ValueError, match="of one direction without projection, on tensors"):
+            other(form, lengths=lengths)
+
+
+def test_the_classifier_asks_the_kernels_for_the_last_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = build_model("lstm2-32", in_channels=1, num_classes=2), []
+    if not model.lstm.native(torch.zeros(1, 1, 1)):
+        pytest.skip("no native kernels here")
+    run = gk.lstm
+    monkeypatch.setattr(gk, "lstm", lambda *a, **k: asked.append((k["output"], k["lengths"])) or run(*a, **k))
+    lengths = torch.tensor([3, 5])
+    x = torch.randn(2, 1, 5)
+    feature, _ = model(x, lengths)
+    assert asked == [("last", lengths)]
+    monkeypatch.setattr(LSTM, "native", lambda self, input: False)  # as on another device: padding is run through
+    torch.testing.assert_close(model(x, lengths)[0], feature)
+
+
+def test_a_compiled_classifier_gives_the_same() -> None:
+    model = build_model("lstm", in_channels=2, num_classes=3, hidden=5, layers=2)
+    x, lengths = torch.randn(3, 2, 7), torch.tensor([7, 2, 5])
+    with torch._dynamo.config.patch(allow_rnn=True):
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x, lengths), model(x, lengths))
+
+
+def test_training_agrees_with_torchs_step_by_step() -> None:
+    """Ten steps of Adam from the same weights on the same batches end at the same loss."""
+    losses = []
+    for cls in (LSTM, nn.LSTM):
+        torch.manual_seed(0)
+        lstm, head = cls(2, 12, 2, batch_first=True), nn.Linear(12, 3)
+        optimizer = torch.optim.Adam([*lstm.parameters(), *head.parameters()], 0.01)
+        x, y = torch.randn(40, 25, 2), torch.randint(3, (40,))
+        for _ in range(10):
+            loss = nn.functional.cross_entropy(head(lstm(x)[0][:, -1]), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_dropout_acts_in_training_only() -> None:

@@ -19,6 +19,7 @@ from gdpd_kernels import philox_normal
 from gdpd_kernels.backends import load, native_backend
 from gdpd_kernels.ops import SAVE_NOTHING, SAVE_STATES, SAVE_VALUES, SAVE_VALUES_FOR_INPUTS
 from guarded import run_between_guards
+from lstm_problem import Threads, lstm_problems
 from problem import Problem, prior_problem, sample_problem
 from programs import (
     NARROW_EPS,
@@ -130,7 +131,35 @@ def nan() -> None:
         assert z_hat[torch.arange(37) != 17].isfinite().all()
 
 
-CHECKS: tuple[Callable[[], None], ...] = (float64, float32, bfloat16, wiring, kept, memory, threads, noise, nan)
+def lstm_values() -> None:
+    for problem in lstm_problems():
+        rounded, exact = problem.to(torch.float32), problem.run("reference")
+        assert_exact(problem.run("native"), exact)
+        assert_as_accurate(rounded.run("native"), rounded.run("reference"), exact, torch.float32)
+        plain = rounded.run("reference", torch.bfloat16)
+        assert_as_accurate(rounded.run("native", torch.bfloat16), plain, exact, torch.bfloat16)
+
+
+def lstm_memory() -> None:
+    for problem in lstm_problems():
+        for precision in (torch.float64, torch.float32, torch.bfloat16):
+            case = problem if precision == torch.float64 else problem.to(torch.float32)
+            assert_identical(case.run_between_guards(precision), case.run("native", precision))
+
+
+def lstm_threads() -> None:
+    for problem in lstm_problems():
+        case, results = problem.to(torch.float32), []
+        for count in (1, 2, 3, 8):
+            with Threads(count):
+                results.append(case.run("native"))
+        for result in results[1:]:
+            assert_identical(result, results[0])
+
+
+CHECKS: tuple[Callable[[], None], ...] = (
+    float64, float32, bfloat16, wiring, kept, memory, threads, noise, nan, lstm_values, lstm_memory, lstm_threads
+)  # fmt: skip
 
 
 def main(names: list[str]) -> None:
