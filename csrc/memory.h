@@ -7,7 +7,7 @@
 namespace gk {
 
 // Bytes of blocks that wait; beyond it the oldest go back to the system.
-constexpr size_t kWaitingBytes = size_t(512) << 20;
+constexpr size_t kWaitingBytes = size_t(256) << 20;
 
 // A block of at least so many bytes, aligned to a cache line. Throws std::bad_alloc.
 class Memory {
