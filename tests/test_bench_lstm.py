@@ -18,7 +18,7 @@ def test_a_result_that_is_wrong_is_refused_and_not_timed(monkeypatch):
     case = LstmCase(3, 5, 8, 2)
     assert lstm.wrong(case) == {}
     run = gk.lstm
-    monkeypatch.setattr(gk, "lstm", lambda *a, **k: (1.01 * run(*a, **k)[0], None))
+    monkeypatch.setattr(gk, "lstm", lambda *a, **k: (1.05 * run(*a, **k)[0], None))
     assert "native" in lstm.wrong(case)
     found = lstm.measure(case, 0.01, processor=True)
     assert "error" in found["refused"]["native"]
