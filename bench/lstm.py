@@ -142,7 +142,7 @@ def _child(options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
     for case, flushed, _ in FIGURES:
         if flushed == (options.child == "flushed") and options.case in case.name:
-            print(json.dumps(measure(case, options.seconds, options.processor)), flush=True)
+            print(json.dumps(measure(case, options.seconds, options.cpu_time)), flush=True)
 
 
 def _line(case: LstmCase, flushed: bool, target: float | None, found: dict) -> tuple[str, bool]:
@@ -174,11 +174,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="threads of torch (default: torch's own choice)")
     parser.add_argument("--case", default="", help="only cases whose name contains this")
     parser.add_argument(
-        "--processor", action="store_true", help="processor time of one thread: for a machine that others use too"
+        "--cpu-time", action="store_true", help="processor time of one thread: for a machine that others use too"
     )
     parser.add_argument("--child", choices=("flushed", "default"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.processor:
+    if options.cpu_time:
         options.threads = 1
     if options.child:
         _child(options)
@@ -189,7 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
     bad = False
     for child in ("flushed", "default"):
         command = [sys.executable, "-m", "bench.lstm", "--child", child, "--seconds", str(options.seconds)]
-        command += ["--case", options.case, *(["--processor"] if options.processor else [])]
+        command += ["--case", options.case, *(["--cpu-time"] if options.cpu_time else [])]
         command += ["--threads", str(options.threads)] if options.threads else []
         wanted = [figure for figure in FIGURES if figure[1] == (child == "flushed") and options.case in figure[0].name]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
