@@ -156,6 +156,18 @@ WIRED: dict[str, Callable[[Builder], str]] = {
     "overlapping slices": lambda b: b.concat(
         b.slice(h := b.linear("z", b.features + 2), 0, b.features), b.slice(h, 2, b.features + 2), "z"
     ),
+    "parts of the state": lambda b: b.concat(
+        b.op("mul", b.op("silu", part := b.slice("z", 0, b.features - 1)), part), b.slice("z", 2, b.features)
+    ),
+    "part of the state as the prediction": lambda b: b.slice("z", 0, b.features),
+    "part of a part of the state": lambda b: b.linear(b.slice(b.slice("z", 1, b.features), 1, 3), b.features),
+    "a join within a join": lambda b: b.linear(
+        b.concat(b.op("tanh", b.concat(b.linear("z", 3), h := b.linear("z", 4))), b.op("relu", h)), b.features
+    ),
+    "a join that is joined and read": lambda b: b.linear(
+        b.concat(h := b.concat(b.linear("z", 3), b.op("silu", b.linear("z", 4))), b.op("silu", h)), b.features
+    ),
+    "a join as the prediction": lambda b: b.concat(b.op("silu", b.linear("z", b.features - 2)), b.linear("t0", 2)),
     "one weight twice": lambda b: (
         b.op("linear", h := b.linear("z", b.features), params=b.ops[-1].params) and b.op("add", "%2", h)
     ),
