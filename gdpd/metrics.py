@@ -221,8 +221,8 @@ def _checked(y: Any, proba: Any, classes: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _present(codes: np.ndarray, n_classes: int, metric: str) -> np.ndarray:
-    present = np.unique(codes)
-    absent = np.setdiff1d(np.arange(n_classes), present)
+    counts = np.bincount(codes, minlength=n_classes)
+    present, absent = np.flatnonzero(counts), np.flatnonzero(counts == 0)
     if len(absent):
         warnings.warn(
             f"{metric}: class(es) {', '.join(map(str, absent))} (column numbers) have no series in y and are left out "

@@ -36,7 +36,7 @@ def demo_grid(seeds: int) -> Grid:
             "student_model": "lstm2-32",
             "epochs": 300,
             "teacher_epochs": 300,
-            "checkpoint_every": 100,
+            "checkpoint_every": 300,  # a run lasts seconds: one that was stopped begins anew
         },
     )
 

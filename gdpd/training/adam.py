@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
+ALIGNMENT = 16  # numbers: every parameter begins at a cache line, as it would in memory of its own
+
 
 @dataclass
 class _Group:
@@ -28,7 +30,7 @@ class _Group:
     values: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
-    bounds: list[int]  # where each parameter begins, and the end
+    bounds: list[int]  # where each parameter begins, and the end; what is between them is zero and stays zero
     absent: list[bool] = field(default_factory=list)
     gradient: Tensor = field(default_factory=lambda: torch.empty(0))
     slots: list[Tensor] = field(default_factory=list)
@@ -36,7 +38,7 @@ class _Group:
 
     def places(self) -> Iterator[tuple[nn.Parameter, int, int]]:
         """Every parameter with where it begins and ends."""
-        return ((p, *ends) for p, ends in zip(self.params, itertools.pairwise(self.bounds), strict=True))
+        return ((p, begin, begin + p.numel()) for p, begin in zip(self.params, self.bounds, strict=False))
 
 
 @dataclass
@@ -160,8 +162,9 @@ class FlatAdam(torch.optim.Adam):
         taken = [
             None if none else float(self.state[param]["step"]) for param, none in zip(group.params, absent, strict=True)
         ]
-        size = sum(param.numel() for param, none in zip(group.params, absent, strict=True) if not none)
-        group.absent, group.runs, group.slots, group.gradient = absent, [], [], group.values.new_empty(size)
+        sizes = [end - begin for begin, end in itertools.pairwise(group.bounds)]
+        size = sum(size for size, none in zip(sizes, absent, strict=True) if not none)
+        group.absent, group.runs, group.slots, group.gradient = absent, [], [], group.values.new_zeros(size)
         used = 0
         for steps, places in itertools.groupby(range(len(taken)), key=taken.__getitem__):
             if steps is None:
@@ -170,9 +173,9 @@ class FlatAdam(torch.optim.Adam):
             begin, end = group.bounds[members[0]], group.bounds[members[-1] + 1]
             gradient = group.gradient[used : used + end - begin]
             used += end - begin
-            sizes = [group.params[member].numel() for member in members]
-            for member, slot in zip(members, gradient.split(sizes), strict=True):
-                group.slots.append(slot.view(group.params[member].shape))
+            for member, room in zip(members, gradient.split([sizes[member] for member in members]), strict=True):
+                param = group.params[member]
+                group.slots.append(room[: param.numel()].view(param.shape))
             counter = torch.tensor(steps)  # one for all of the run
             for member in members:
                 self.state[group.params[member]]["step"] = counter
@@ -181,10 +184,12 @@ class FlatAdam(torch.optim.Adam):
 
 
 def _lay(params: list[nn.Parameter]) -> _Group:
-    """Lay the values of `params` end to end, and make each a view into them."""
-    values = torch.cat([param.detach().reshape(-1) for param in params])
-    bounds = [0, *itertools.accumulate(param.numel() for param in params)]
-    group = _Group(params, values, torch.zeros_like(values), torch.zeros_like(values), bounds)
+    """Lay the values of `params` one after another, and make each a view of its place."""
+    rooms = [-(-param.numel() // ALIGNMENT) * ALIGNMENT for param in params]
+    bounds = [0, *itertools.accumulate(rooms)]
+    values, exp_avg, exp_avg_sq = (params[0].new_zeros(bounds[-1]) for _ in range(3))
+    group = _Group(params, values, exp_avg, exp_avg_sq, bounds)
     for param, begin, end in group.places():
+        values[begin:end].copy_(param.detach().reshape(-1))
         param.data = values[begin:end].view(param.shape)
     return group

@@ -79,6 +79,7 @@ def test_parameters_are_views_of_one_tensor_until_they_are_released() -> None:
     net = network()
     before = [parameter.detach().clone() for parameter in net.parameters()]
     optimizer = flat(net)
+    assert all(parameter.data_ptr() % 64 == 0 for parameter in net.parameters())
     storages = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}
     assert len(storages) == 2
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
