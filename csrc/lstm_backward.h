@@ -200,21 +200,27 @@
       if (rows == 0) continue;
       // The first step stands alone: the state before it lies in another chunk.
       while (first > 0 && s < count_steps && rows == (s - first) * block && live(s)) rows += live(s++);
-      const T* g = at.dgates + ((place * chunk + first) * block) * gate_row + mine.first;
-      if (at.dw_in)
-        P::accumulate(g, gate_row, mine.gates, in + (place * chunk + first) * block * in_row, in_row, int(in_row / L),
-                      rows, at.dw_in + mine.first * in_row, in_row, l.room);
+      const T* g = at.dgates + (place * chunk + first) * block * gate_row + mine.first;
+      const T* x = in + (place * chunk + first) * block * in_row;
       const T* before = first > 0   ? at.values + (place * chunk + first - 1) * block * unit_row
                         : begin > 0 ? at.values + ((from_end + 1) % kRing * chunk + chunk - 1) * block * unit_row
                         : call.h0   ? at.h
                                     : nullptr;
-      if (at.dw_own && before)
-        P::accumulate(g, gate_row, mine.gates, before, unit_row, int(unit_row / L), rows,
-                      at.dw_own + mine.first * unit_row, unit_row, l.room);
-      for (long j = 0; at.db && j < mine.gates; j += L) {
-        V<T> sum = {};
-        for (long r = 0; r < rows; ++r) sum += load(g + r * gate_row + j);
-        store(at.db + mine.first + j, V<T>(load(at.db + mine.first + j) + sum));
+      // In blocks that stay in the cache while all three sums read them.
+      for (long r = 0; r < rows; r += P::kDepth) {
+        const long depth = at_most(rows - r, P::kDepth);
+        const T* block_g = g + r * gate_row;
+        if (at.dw_in)
+          P::accumulate(block_g, gate_row, mine.gates, x + r * in_row, in_row, int(in_row / L), depth,
+                        at.dw_in + mine.first * in_row, in_row, l.room);
+        if (at.dw_own && before)
+          P::accumulate(block_g, gate_row, mine.gates, before + r * unit_row, unit_row, int(unit_row / L), depth,
+                        at.dw_own + mine.first * unit_row, unit_row, l.room);
+        for (long j = 0; at.db && j < mine.gates; j += L) {
+          V<T> sum = {};
+          for (long i = 0; i < depth; ++i) sum += load(block_g + i * gate_row + j);
+          store(at.db + mine.first + j, V<T>(load(at.db + mine.first + j) + sum));
+        }
       }
     }
   }

@@ -143,40 +143,36 @@ struct Products {
     }
   }
 
-  // dw[j][k] += sum over l of g[l][j] x[l][k]: the gradient of weights from `depth` rows of gate gradients and operands,
-  // for `gates` gates. x and dw are read and written in whole vectors of k. `room` holds kDepth × (gates + vectors of k).
+  // dw[j][k] += sum over l of g[l][j] x[l][k]: the gradient of weights from up to kDepth rows of gate gradients and
+  // operands, for `gates` gates. x and dw are read and written in whole vectors of k. `room` holds kDepth × (gates and
+  // vectors of k).
   static constexpr long kDepth = 128;  // a panel of x for so many rows stays in the first-level cache
   static void accumulate(const T* g, long ldg, int gates, const T* x, long ldx, int vectors, long depth, T* dw,
                          long lddw, T* room) {
-    for (long start = 0; start < depth; start += kDepth) {
-      long rows = depth - start < kDepth ? depth - start : kDepth;
-      const T *from_g = g + start * ldg, *from_x = x + start * ldx;
-      long ld_g = ldg, ld_x = ldx;
-      if constexpr (Product::rounds) {
-        ld_g = GK_ROUND_UP(gates, L);
-        ld_x = long(vectors) * L;
-        T *to_g = room, *to_x = room + kDepth * ld_g;
-        if constexpr (Product::pairs) {
-          pair_rows(from_g, ldg, rows, int(ld_g), to_g, ld_g);
-          pair_rows(from_x, ldx, rows, int(ld_x), to_x, ld_x);
-          rows = (rows + 1) / 2;
-        } else {
-          for (long l = 0; l < rows; ++l) {
-            round_bf16(from_g + l * ldg, gates, to_g + l * ld_g);
-            round_bf16(from_x + l * ldx, ld_x, to_x + l * ld_x);
-          }
+    if constexpr (Product::rounds) {
+      const long to_ldg = GK_ROUND_UP(gates, L), to_ldx = long(vectors) * L;
+      T *to_g = room, *to_x = room + kDepth * to_ldg;
+      if constexpr (Product::pairs) {
+        pair_rows(g, ldg, depth, int(to_ldg), to_g, to_ldg);
+        pair_rows(x, ldx, depth, int(to_ldx), to_x, to_ldx);
+        depth = (depth + 1) / 2;
+      } else {
+        for (long l = 0; l < depth; ++l) {
+          round_bf16(g + l * ldg, gates, to_g + l * to_ldg);
+          round_bf16(x + l * ldx, to_ldx, to_x + l * to_ldx);
         }
-        from_g = to_g;
-        from_x = to_x;
       }
-      const Packed shape(rows, long(vectors) * L);
-      for (int p = 0; p < shape.panels(); ++p) {
-        const long at = long(shape.first(p)) * L;
-        const int width = shape.width(p);
-        if (width == 3) Gemm<T, Product, 3>::run(from_g, ld_g, false, gates, rows, from_x + at, ld_x, dw + at, lddw, kAdd, nullptr);
-        if (width == 2) Gemm<T, Product, 2>::run(from_g, ld_g, false, gates, rows, from_x + at, ld_x, dw + at, lddw, kAdd, nullptr);
-        if (width == 1) Gemm<T, Product, 1>::run(from_g, ld_g, false, gates, rows, from_x + at, ld_x, dw + at, lddw, kAdd, nullptr);
-      }
+      g = to_g, ldg = to_ldg;
+      x = to_x, ldx = to_ldx;
+    }
+    for (int v = 0; v < vectors;) {
+      const int left = vectors - v, width = left > 4 || left == 3 ? 3 : left > 1 ? 2 : 1;
+      if (width == 3) Gemm<T, Product, 3>::run(g, ldg, false, gates, depth, x, ldx, dw, lddw, kAdd, nullptr);
+      if (width == 2) Gemm<T, Product, 2>::run(g, ldg, false, gates, depth, x, ldx, dw, lddw, kAdd, nullptr);
+      if (width == 1) Gemm<T, Product, 1>::run(g, ldg, false, gates, depth, x, ldx, dw, lddw, kAdd, nullptr);
+      x += width * L;
+      dw += width * L;
+      v += width;
     }
   }
 };
