@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import gdpd_kernels as gk
-from gdpd_kernels import lstm_ops
 from gdpd_kernels.backends import load, native_lstm
 from guarded import Guards
 from problem import Result
@@ -212,4 +211,3 @@ class Threads:
 
 
 MISSING = load("native").unusable()
-__all__ = ["MISSING", "LstmProblem", "Threads", "lstm_ops", "lstm_problem", "lstm_problems"]
