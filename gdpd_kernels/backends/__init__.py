@@ -20,7 +20,7 @@ from torch import Tensor
 from gdpd_kernels.program import DenoiserProgram
 
 # Fastest first.
-ORDER = ("native", "reference")
+ORDER = ("native", "triton", "reference")
 
 
 class BackendError(RuntimeError):

@@ -16,7 +16,7 @@ from problem import Result
 
 # Units of rounding that are nobody's fault: sums in another order, a multiply-add in one rounding, and the luck of a
 # plain run whose errors happened to cancel.
-ROUNDINGS = {torch.float32: 8, torch.bfloat16: 1}
+ROUNDINGS = {torch.float32: 8, torch.bfloat16: 1, torch.float16: 1}
 FLOAT64 = 1e-12
 
 

@@ -60,9 +60,9 @@ class Guards(TorchFunctionMode):
                 assert torch.equal(_bits(now), _bits(before)), f"{name} was written"
 
 
-def run_between_guards(problem: Problem, save: int, compute: torch.dtype) -> Result:
+def run_between_guards(problem: Problem, save: int, compute: torch.dtype, name: str = "native") -> Result:
     """Forward and backward of the backend itself, every tensor between guards and every result NaN at first."""
-    backend, p = load("native"), problem
+    backend, p = load(name), problem
     with Guards() as guards:
         z, grad = guards.place("z", p.z), guards.place("grad", p.grad)
         alpha, noise = (None if x is None else guards.place("input", x) for x in (p.alpha, p.noise))
@@ -87,5 +87,5 @@ def run_between_guards(problem: Problem, save: int, compute: torch.dtype) -> Res
             if save != SAVE_NOTHING:
                 results += backend.reverse_sample_backward(grad, *inputs, stats, saved, *rest, wanted)
     guards.check()
-    named = list(p.run("native", compute, save if save != SAVE_NOTHING else SAVE_VALUES))
+    named = list(p.run(name, compute, save if save != SAVE_NOTHING else SAVE_VALUES))
     return dict(zip(named, results, strict=False))
