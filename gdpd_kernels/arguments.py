@@ -37,8 +37,8 @@ def precision(name: str, z: Tensor, compute_dtype: torch.dtype | None) -> tuple[
 
 def _autocast(z: Tensor) -> bool:
     device = z.device.type
-    # Every build of torch has it for the CPU; for other devices asking costs more.
-    return (z.is_cpu or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device)
+    # Every tensor of these two has it; for other devices asking costs more, and torch 2.9 cannot compile the question.
+    return (z.is_cpu or z.is_cuda or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device)
 
 
 def mixing_weights(alpha: Tensor | float | None, z_short: Tensor) -> Tensor | None:

@@ -29,6 +29,9 @@ from gdpd_kernels.watch import Reader, Watch, hook_obstacles
 __all__ = ["CaptureError", "CapturedDenoiser", "capture"]
 
 _COMPARED = (torch.float32, torch.float64, torch.int64)  # what numpy has too
+# Whether a compiler can be handed a module as a constant. Where not, reverse_sample has the module itself compiled.
+COMPILES: bool = torch.__version__ >= (2, 13)  # type: ignore[operator]
+
 _KEPT_PER_MODULE = 8  # train and eval mode, with and without a condition, ...
 _GUESSES = 6
 _CHECK_ROWS = 8
@@ -260,6 +263,8 @@ def capture(
     """
     key = (features, cond_features, map_input)
     if torch.compiler.is_compiling():
+        if not COMPILES:
+            raise CaptureError(["torch.compile: before torch 2.13 its graphs take no capture; the module is compiled"])
         return _capture_in_graph(module, key)
     plan = _plan(module, key)
     if isinstance(plan, _Failure):
