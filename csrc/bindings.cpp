@@ -263,6 +263,8 @@ void update_running_stats(bool running_f64, bool stats_f64, const std::vector<Ad
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "CPU kernels of gdpd_kernels; used through gdpd_kernels.backends.native_backend.";
+  // Raised with every change of a signature, of the code of programs, or of what a layout means.
+  m.attr("INTERFACE") = 2;
   py::class_<Program>(m, "Program")
       .def(py::init<const std::vector<int64_t>&, const std::vector<double>&, const std::string&>())
       .def_property_readonly("instruction_set", [](const Program& p) { return p.kernels->name; })

@@ -42,6 +42,7 @@ _KINDS = (
     "slice",
     "concat",
 )
+_INTERFACE = 2  # of the compiled module, see csrc/bindings.cpp
 _PREDICTIONS = {"eps": 0, "x0": 1, "v": 2}
 # Below so many multiply-adds in a call, forming a team of threads costs more than it saves.
 _MACS_PER_THREAD = 100_000
@@ -56,6 +57,11 @@ def _load() -> ModuleType | str:
         return (
             f"the compiled module is missing ({error}); install with a C++17 compiler at hand, "
             "GDPD_KERNELS_BUILD=1 shows what fails"
+        )
+    if (found := getattr(_native, "INTERFACE", 1)) != _INTERFACE:
+        return (
+            f"the compiled module has interface {found}, these sources need {_INTERFACE}: it was built from others; "
+            "install again, or run: python setup.py build_ext --inplace"
         )
     _share_openmp(_native)
     usable = [name for name, ok in _native.instruction_sets() if ok]

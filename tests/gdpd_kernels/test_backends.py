@@ -191,6 +191,15 @@ def test_without_the_compiled_module_the_reference_runs_and_says_so_once() -> No
 
 
 @needs_native
+def test_a_module_built_from_other_sources_is_not_called() -> None:
+    stale = "import gdpd_kernels._native as native\nnative.INTERFACE -= 1\n"
+    printed = run(stale + textwrap.dedent(SAMPLE))
+    assert "these sources need" in printed
+    assert "setup.py build_ext --inplace" in printed
+    assert printed.endswith("False True\n")
+
+
+@needs_native
 def test_an_instruction_set_that_the_processor_lacks_is_refused_by_name() -> None:
     printed = run(SAMPLE, GDPD_KERNELS_ISA="avx10")
     assert "GDPD_KERNELS_ISA=avx10: not usable on this processor, which has baseline" in printed
