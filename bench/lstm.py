@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -138,6 +139,7 @@ def measure(case: LstmCase, seconds: float, processor: bool) -> dict[str, object
 def _child(options: argparse.Namespace) -> None:
     if options.child == "flushed":
         torch.set_flush_denormal(True)
+        warnings.filterwarnings("ignore", "The value of the smallest subnormal")  # numpy finds it to be zero
     if options.threads:
         torch.set_num_threads(options.threads)
     for case, flushed, _ in FIGURES:
