@@ -37,6 +37,11 @@ WANTED = f"_{ONLY}.cpp" if ONLY else ".cpp" if X86 else "_baseline.cpp"
 KERNELS = [source for source in PER_SOURCE if source.endswith(WANTED)]
 
 
+def instruction_set(source):
+    """The instruction set that a source of `PER_SOURCE` is for."""
+    return source.split("_", 1)[1].removesuffix(".cpp")
+
+
 class BuildNative(build_ext):
     """Compiles each source with its own flags, in parallel, and survives a missing compiler unless told otherwise."""
 
@@ -62,6 +67,8 @@ class BuildNative(build_ext):
         debug = ["-fno-omit-frame-pointer", "-O1", "-g1"] if SANITIZE else []
         defined = [f"-DGK_ONLY=kernels_{ONLY}"] if ONLY else []
 
+        left_out = set()
+
         def compile_one(source):
             flags = [*COMMON, *PER_SOURCE.get(source, []), *defined, *sanitize, *debug]
             return self.compiler.compile(
@@ -76,15 +83,19 @@ class BuildNative(build_ext):
             try:
                 return compile_one(source)
             except CompileError as error:
-                if BUILD == "1" or ONLY or source == "csrc/kernels_baseline.cpp":
+                if BUILD == "1" or ONLY or source.endswith("_baseline.cpp"):
                     raise
-                name = source.removeprefix("csrc/kernels_").removesuffix(".cpp")
+                name = instruction_set(source)
                 print(f"gdpd_kernels: building without the instruction set {name}: {error}", file=sys.stderr)
                 defined.append(f"-DGK_WITHOUT_{name.upper()}")
+                left_out.add(name)
                 return []
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            kernels = list(pool.map(compile_kernels, [s for s in ext.sources if s in KERNELS]))
+            sources = [s for s in ext.sources if s in KERNELS]
+            compiled = list(zip(sources, pool.map(compile_kernels, sources), strict=True))
+            # The files of an instruction set need each other: without one, none.
+            kernels = [names for source, names in compiled if instruction_set(source) not in left_out]
             # After them: dispatch.cpp has to know which there are.
             shared = list(pool.map(compile_one, [s for s in ext.sources if s not in KERNELS]))
         objects = [name for names in [*kernels, *shared] for name in names]
