@@ -113,6 +113,14 @@ class _Call:
         room = like.new_empty(programs, max(stride, 1))
         self.arguments |= {"shares": room, "share_stride": stride, "programs": programs}
 
+    def pack(self, source: Source, recipe: Recipe, like: Tensor) -> None:
+        """Lay the weights out in padded blocks."""
+        from gdpd_kernels.backends.triton.launch import launch
+
+        self.arguments["packed"] = like.new_empty(recipe.layout.packed_size)
+        if "pack" in source.arguments:
+            launch(source, "pack", (len(recipe.layout.packed),), self.arguments, self.tile.rows, self.tile.warps)
+
     def reduce(self, source: Source) -> None:
         """Add up the programs' shares."""
         from gdpd_kernels.backends.triton.launch import launch
@@ -175,6 +183,7 @@ class TritonBackend:
         call.arguments |= {"z_hat": z_hat, "stats": stats, "saved": saved}
         with on_device(z_short):
             call.arguments["coefficients"] = _coefficients(coefficients, z_short.device)
+            call.pack(source, recipe, z_short)
             if call.fused:
                 call.launch(source, "forward")
             else:
@@ -241,6 +250,7 @@ class TritonBackend:
         tables_width = sum(w for i, w in enumerate(program.tables) if f"t{i}" in asked)
         with on_device(z_short):
             call.shares(source, grad, programs, tables_width)
+            call.pack(source, recipe, z_short)
             call.arguments["coefficients"] = _coefficients(coefficients, device)
             if not call.fused:
                 _split_sample_backward(call, source, recipe, programs, saved)
@@ -298,6 +308,7 @@ class TritonBackend:
         programs = min(call.tiles, tiling.MAX_SHARES) if call.fused else call.tiles
         with on_device(z_long):
             call.shares(source, z_long, programs, 0)
+            call.pack(source, recipe, z_long)
             if call.fused:
                 width = recipe.kept.width if asked else 0
                 call.arguments["kept"] = z_long.new_empty(programs * call.tile.rows, width)

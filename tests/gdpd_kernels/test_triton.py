@@ -142,15 +142,15 @@ def test_what_nobody_asks_for_is_not_in_the_source() -> None:
     source = backward_source(recipe)
     assert "linear_weight_grad" not in source.text
     assert "grad_alpha," not in source.text.partition("def backward")[2].partition("):")[2]
-    assert list(source.arguments) == ["backward"]  # nothing to add up over programs
+    assert list(source.arguments) == ["pack", "backward"]  # nothing to add up over programs
     assert source.written == {"z"}
 
 
-def test_one_launch_forward_and_two_backward_or_one_per_stretch_between_batch_norms() -> None:
+def test_launches_of_the_fused_and_the_split_plan() -> None:
     fused = Recipe(bottleneck(32), 64, "tf32", True, save="states", wanted=frozenset({"z", "p0"}))
-    assert list(forward_source(fused).arguments) == ["forward"]
-    assert list(backward_source(fused).arguments) == ["backward", "reduce"]
+    assert list(forward_source(fused).arguments) == ["pack", "forward"]
+    assert list(backward_source(fused).arguments) == ["pack", "backward", "reduce"]
     split = Recipe(bottleneck(32), 64, "tf32", False, save="states", wanted=frozenset({"z", "p0"}))
-    assert list(forward_source(split).arguments) == ["start", *(f"forward_{s}" for s in range(8))]
+    assert list(forward_source(split).arguments) == ["pack", "start", *(f"forward_{s}" for s in range(8))]
     stretches = [f"backward_{s}" for s in reversed(range(8))]
-    assert list(backward_source(split).arguments) == ["recompute", *stretches, "finish", "reduce"]
+    assert list(backward_source(split).arguments) == ["pack", "recompute", *stretches, "finish", "reduce"]

@@ -7,7 +7,8 @@ denoiser has BatchNorms in training mode the tile has to be the whole batch.
 as many backward plus one, and K more where values are computed again. A stretch ends by writing its tiles' moments (or
 sums, backward); every tile of the next one joins them in the same order. What crosses is handed on in memory.
 
-After either, one more launch adds up the programs' shares of the gradients of parameters and tables in a fixed order.
+Before either, one launch lays the weights out in padded blocks, whose addresses are constants; after it, one adds up
+the programs' shares of the gradients of parameters and tables in a fixed order.
 """
 
 from __future__ import annotations
@@ -123,6 +124,7 @@ class _Module:
             *(f"r{i}" for i in range(len(program.rows))),
             *(f"t{i}" for i in range(len(program.tables))),
             *(f"p{i}" for i in range(len(program.params))),
+            "packed",
         )
 
     @property
@@ -141,6 +143,22 @@ class _Module:
         head = f"@triton.jit(do_not_specialize={numbers!r})\ndef {name}({', '.join(names)}, BLOCK: tl.constexpr):"
         self.parts.append("\n\n" + "\n".join([head, *text.lines]) + "\n")
         self.arguments[name] = names
+
+    def packing(self) -> None:
+        """Lays the weights out in padded blocks, one program of the grid each."""
+        blocks = self.layout.packed
+        if not blocks:
+            return
+
+        def body(text: Text) -> None:
+            text("which = tl.program_id(0)")
+            for which, ((index, out, p), at) in enumerate(blocks.items()):
+                stride = self.program.params[index][1]
+                place = f"{stride}, {out.start}, {out.width}, {out.size}, {p.start}, {p.width}, {p.size}"
+                inner = f"pack_block(p{index}, packed + {at}, {place})"
+                text.block(f"if which == {which}:", lambda inner=inner: text(inner))  # type: ignore[misc]
+
+        self.kernel("pack", (*dict.fromkeys(f"p{index}" for index, _, _ in blocks), "packed"), body)
 
     def source(self) -> Source:
         return Source("".join(self.parts), self.arguments, self.shares, frozenset(self.written))
@@ -320,6 +338,7 @@ class _Module:
 def forward_source(recipe: Recipe) -> Source:
     """`reverse_sample`."""
     module = _Module(recipe)
+    module.packing()
     kept = recipe.kept if recipe.save in ("values", "inputs") else None
     if not recipe.fused:
         _split_forward(module, kept)
@@ -355,6 +374,7 @@ def forward_source(recipe: Recipe) -> Source:
 def backward_source(recipe: Recipe) -> Source:
     """The backward of `reverse_sample`."""
     module = _Module(recipe)
+    module.packing()
     need = needed(recipe.program, recipe.wanted, state=True)
     if not recipe.fused:
         _split_backward(module, need)
@@ -412,6 +432,7 @@ def backward_source(recipe: Recipe) -> Source:
 def prior_source(recipe: Recipe) -> Source:
     """`prior_loss` with its gradients."""
     module = _Module(recipe)
+    module.packing()
     need = needed(recipe.program, recipe.wanted, state="z" in recipe.wanted)
     kept = recipe.kept if recipe.wanted else Rows({}, 4)
     if not recipe.fused:

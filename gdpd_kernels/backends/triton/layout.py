@@ -158,13 +158,24 @@ class Layout:
         return at
 
     @cached_property
-    def dots(self) -> int:
-        """Block products of one walk: what the length of the compiled code grows with."""
-        return sum(
-            len(self.partitions[op.inputs[0]]) * len(self.partitions[f"%{n}"])
-            for n, op in enumerate(self.program.ops, start=1)
-            if op.kind == "linear"
-        )
+    def packed(self) -> dict[tuple[int, Piece, Piece], int]:
+        """Where each block of a weight (parameter, rows, columns) begins in the buffer of packed weights."""
+        found: dict[tuple[int, Piece, Piece], int] = {}
+        end = 0
+        for number, op in enumerate(self.program.ops, start=1):
+            if op.kind != "linear" or op.params[0] is None:
+                continue
+            for out in self.partitions[f"%{number}"]:
+                for p in self.partitions[op.inputs[0]]:
+                    if (op.params[0], out, p) not in found:
+                        found[op.params[0], out, p] = end
+                        end += out.size * p.size
+        return found
+
+    @property
+    def packed_size(self) -> int:
+        """Numbers in the buffer of packed weights."""
+        return sum(out.size * p.size for _, out, p in self.packed)
 
 
 def is_outer(name: str) -> bool:

@@ -92,15 +92,22 @@ def add_matrix(
 
 
 @triton.jit
-def load_weight(
-    weight,
+def pack_block(
+    weight, packed,
     stride: tl.constexpr, row: tl.constexpr, n_rows: tl.constexpr, row_size: tl.constexpr,
     col: tl.constexpr, n_cols: tl.constexpr, col_size: tl.constexpr,
 ):  # fmt: skip
-    """A block of a matrix; zero in the padding."""
+    """A block of a weight, padded with zeros, row after row."""
     rows, cols = tl.arange(0, row_size), tl.arange(0, col_size)
     at = (row + rows)[:, None] * stride + (col + cols)[None, :]
-    return tl.load(weight + at, mask=(rows < n_rows)[:, None] & (cols < n_cols)[None, :], other=0.0)
+    w = tl.load(weight + at, mask=(rows < n_rows)[:, None] & (cols < n_cols)[None, :], other=0.0)
+    tl.store(packed + rows[:, None] * col_size + cols[None, :], w)
+
+
+@triton.jit
+def load_block(packed, n_rows: tl.constexpr, n_cols: tl.constexpr):
+    """A packed block. Of one address and constant offsets, without masks: nothing to keep in registers across steps."""
+    return tl.load(packed + tl.arange(0, n_rows)[:, None] * n_cols + tl.arange(0, n_cols)[None, :])
 
 
 @triton.jit
@@ -127,25 +134,15 @@ def dot(a, b, acc, precision: tl.constexpr):
 
 
 @triton.jit
-def linear(
-    x, weight, acc, precision: tl.constexpr,
-    stride: tl.constexpr, row: tl.constexpr, n_rows: tl.constexpr, row_size: tl.constexpr,
-    col: tl.constexpr, n_cols: tl.constexpr, col_size: tl.constexpr,
-):  # fmt: skip
-    """acc + x W^T for a block of the weight [out, in]."""
-    w = load_weight(weight, stride, row, n_rows, row_size, col, n_cols, col_size)
-    return dot(x, tl.trans(w), acc, precision)
+def linear(x, packed, acc, precision: tl.constexpr, n_rows: tl.constexpr, n_cols: tl.constexpr):
+    """acc + x W^T for a packed block of the weight [out, in]."""
+    return dot(x, tl.trans(load_block(packed, n_rows, n_cols)), acc, precision)
 
 
 @triton.jit
-def linear_input_grad(
-    g, weight, acc, precision: tl.constexpr,
-    stride: tl.constexpr, row: tl.constexpr, n_rows: tl.constexpr, row_size: tl.constexpr,
-    col: tl.constexpr, n_cols: tl.constexpr, col_size: tl.constexpr,
-):  # fmt: skip
+def linear_input_grad(g, packed, acc, precision: tl.constexpr, n_rows: tl.constexpr, n_cols: tl.constexpr):
     """acc + g W."""
-    w = load_weight(weight, stride, row, n_rows, row_size, col, n_cols, col_size)
-    return grad_dot(g, w, acc, precision)
+    return grad_dot(g, load_block(packed, n_rows, n_cols), acc, precision)
 
 
 @triton.jit
@@ -396,8 +393,18 @@ def gaussian_pair(w0, w1):
     u0 = (2 * (w0 >> 9) + 1).to(tl.float32) * 5.9604644775390625e-08
     u1 = (2 * (w1 >> 9) + 1).to(tl.float32) * 5.9604644775390625e-08
     radius = tl.sqrt(-2.0 * tl.log(u0))
-    angle = 6.283185307179586 * u1
-    return radius * tl.cos(angle), radius * tl.sin(angle)
+    # The angle is 2 pi u1: quarters of a turn are taken off exactly, and what is left lies in [-pi/4, pi/4]. The
+    # library's functions reduce any angle, for which they need a table in local memory.
+    quarter = tl.floor(4.0 * u1 + 0.5)
+    x = 6.283185307179586 * (u1 - 0.25 * quarter)
+    s = x * x
+    sine = x * (1.0 + s * (-0.16666667 + s * (0.008333334 + s * (-0.00019841270 + s * 2.7557319e-06))))
+    cosine = 1.0 + s * (-0.5 + s * (0.041666668 + s * (-0.0013888889 + s * 2.4801588e-05)))
+    turned = (quarter == 1.0) | (quarter == 3.0)
+    along, across = tl.where(turned, sine, cosine), tl.where(turned, cosine, sine)
+    along = tl.where((quarter == 1.0) | (quarter == 2.0), -along, along)
+    across = tl.where((quarter == 2.0) | (quarter == 3.0), -across, across)
+    return radius * along, radius * across
 
 
 @triton.jit

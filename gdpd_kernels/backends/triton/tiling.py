@@ -53,6 +53,6 @@ def tile(program: DenoiserProgram, total: int, precision: str, architecture: str
             return Tile(whole, 8 if whole * padded > 4096 else 4, chunk), True
     # 16 rows are what a matrix unit takes; more of them share each load of a weight, once there are programs enough.
     rows = 16 if total <= 16 * 256 or padded > 256 else 32
-    return Tile(rows, 4 if rows * padded <= 4096 else 8, chunk), not program.batch_norms
+    return Tile(rows, 4 if rows * padded <= 1024 else 8, chunk), not program.batch_norms
 
 

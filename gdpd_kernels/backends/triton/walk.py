@@ -189,15 +189,15 @@ class Walk:
         for out in pieces:
             acc = self.new("acc", f"tl.zeros([BLOCK, {out.size}], tl.float32)")
             for x, p in zip(xs, columns, strict=True):
-                self.text(f"{acc} = linear({x}, p{weight}, {acc}, {self._block(op, out, p)})")
+                self.text(f"{acc} = linear({x}, {self.block(weight, out, p, acc)})")
             row = self.parameter(bias, out)
             made.append(acc if row is None else f"{acc} + {row}")
         return made
 
-    def _block(self, op: Op, out: Piece, p: Piece) -> str:
-        stride = self.widths[op.inputs[0]]
-        sizes = (stride, out.start, out.width, out.size, p.start, p.width, p.size)
-        return f'"{self.precision}", ' + ", ".join(map(str, sizes))
+    def block(self, weight: int | None, out: Piece, p: Piece, acc: str) -> str:
+        """Arguments of a product with a block of a weight."""
+        assert weight is not None
+        return f'packed + {self.layout.packed[weight, out, p]}, {acc}, "{self.precision}", {out.size}, {p.size}'
 
     def _scaled(self, op: Op, hats: Sequence[str], pieces: Partition) -> list[str]:
         found = []

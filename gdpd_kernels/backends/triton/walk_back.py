@@ -202,7 +202,7 @@ class BackwardWalk(Walk):
             for i, p in enumerate(columns):
                 acc = self.new("acc", f"tl.zeros([BLOCK, {p.size}], tl.float32)")
                 for g, out in zip(grads, pieces, strict=True):
-                    self.text(f"{acc} = linear_input_grad({g}, p{weight}, {acc}, {self._block(op, out, p)})")
+                    self.text(f"{acc} = linear_input_grad({g}, {self.block(weight, out, p, acc)})")
                 self.add(x, i, acc)
 
     def _share(self, index: int | None) -> str:
