@@ -1,0 +1,89 @@
+"""The Triton kernels on a GPU: `pytest -m gpu`. Where there is none these tests are skipped, and counted at the end."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from accuracy import assert_as_accurate, assert_identical
+from gdpd_kernels.backends import load
+from gdpd_kernels.ops import SAVE_NOTHING, SAVE_STATES, SAVE_VALUES
+from problem import Problem, Result, prior_problem, sample_problem
+from programs import FAMILIES, USUAL_EPS, bottleneck, mlp
+
+_WHY_NOT = "" if torch.cuda.is_available() else "torch sees no GPU"
+_WHY_NOT = _WHY_NOT or "; ".join(load("triton").unusable())
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(_WHY_NOT), reason=_WHY_NOT)]
+
+FLOAT32 = torch.float32
+
+
+def on_gpu(problem: Problem) -> Problem:
+    moved = problem.map(lambda x: x.to("cuda", FLOAT32))
+    return replace(moved, seed=problem.seed.cuda())
+
+
+def run(problem: Problem, backend: str, compute_dtype: torch.dtype = FLOAT32, save: int = SAVE_VALUES) -> Result:
+    return {key: x.cpu() for key, x in on_gpu(problem).run(backend, compute_dtype, save).items()}
+
+
+def problems(name: str) -> list[Problem]:
+    program = FAMILIES[name](100, USUAL_EPS)
+    return [
+        sample_problem(program, batch=37, alpha="full", eta=0.5, noise=False, samples=2),
+        sample_problem(program, batch=300, steps=2, alpha="per sample"),
+        prior_problem(program, batch=300, prediction="v"),
+    ]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_are_held_to_the_reference(name: str) -> None:
+    for problem in problems(name):
+        for save in (SAVE_VALUES, SAVE_STATES):
+            found, plain = run(problem, "triton", save=save), run(problem, "reference")
+            assert_as_accurate(found, plain, problem.run("reference"), FLOAT32)
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_rounded_products_are_held_to_the_reference(precision: torch.dtype) -> None:
+    for program in (mlp(100, 256), bottleneck(100)):
+        problem = sample_problem(program, batch=64, alpha="full")
+        found, plain = run(problem, "triton", precision), run(problem, "reference", precision)
+        assert_as_accurate(found, plain, problem.run("reference"), precision)
+
+
+def test_the_same_bits_again() -> None:
+    for problem in (sample_problem(bottleneck(100), batch=300, noise=False, alpha="full"), *problems("every operation")):
+        first = run(problem, "triton")
+        for _ in range(3):
+            assert_identical(run(problem, "triton"), first)
+
+
+def test_a_captured_graph_gives_the_bits_of_a_call() -> None:
+    problem = replace(on_gpu(sample_problem(mlp(100, 256), batch=64, alpha="full")), frozen=frozenset())
+    frozen = replace(problem, frozen=frozenset(name for name, _ in problem.named()))
+    expected = frozen.run("triton", save=SAVE_NOTHING)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        frozen.run("triton", save=SAVE_NOTHING)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = frozen.run("triton", save=SAVE_NOTHING)
+    found["z_hat"].fill_(torch.nan)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_identical(found, expected)
+
+
+def test_the_device_of_the_tensors_is_used_and_the_current_one_kept() -> None:
+    last = torch.cuda.device_count() - 1
+    problem = sample_problem(mlp(16), batch=5)
+    expected = run(problem, "triton")
+    moved = replace(problem.map(lambda x: x.to(f"cuda:{last}", FLOAT32)), seed=problem.seed.to(f"cuda:{last}"))
+    found = moved.run("triton")
+    assert found["z_hat"].device.index == last
+    assert torch.cuda.current_device() == 0
+    assert_identical({key: x.cpu() for key, x in found.items()}, expected)
