@@ -129,8 +129,8 @@ class _Call:
             return
         outputs = [x for name in source.arguments["reduce"] if name.startswith("grad_") or name == "loss"
                    for x in (self.arguments[name],)]  # fmt: skip
-        largest = max(x.numel() for x in outputs)
-        grid = (-(-largest // _REDUCTION_BLOCK), len(outputs))
+        parts, largest = source.reductions
+        grid = (-(-max(largest, *(x.numel() for x in outputs)) // _REDUCTION_BLOCK), parts)
         launch(source, "reduce", grid, self.arguments, _REDUCTION_BLOCK, 4)
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
-from gdpd_kernels.backends.triton.layout import Layout, Rows, needed
+from gdpd_kernels.backends.triton.layout import Layout, Piece, Rows, needed
 from gdpd_kernels.backends.triton.walk import JOINED, KNOWN, TILE, Text, Walk
 from gdpd_kernels.backends.triton.walk_back import BackwardWalk
 from gdpd_kernels.program import DenoiserProgram
@@ -82,12 +82,14 @@ class Source:
         shares: where each gradient that is added up over programs begins in a share; "tables" where those of the tables
             do, which have one row per step.
         written: names of the inputs whose gradient the kernels write; that of any other wanted one is zero.
+        reductions: how many blocks and vectors `reduce` adds up, and the numbers of the largest block.
     """
 
     text: str
     arguments: dict[str, tuple[str, ...]]
     shares: dict[str, int]
     written: frozenset[str]
+    reductions: tuple[int, int]
 
 
 _HEADER = '''\
@@ -110,12 +112,14 @@ class _Module:
         for i, shape in enumerate(recipe.program.params):
             if f"p{i}" in recipe.wanted:
                 self.shares[f"p{i}"] = end
-                end += -(-prod(shape) // 4) * 4
+                blocks = self.layout.blocks_of(i)
+                end += sum(out.size * p.size for out, p in blocks) or -(-prod(shape) // 4) * 4
         if recipe.prediction:
             self.shares["loss"] = end
             end += 4
         self.shares["tables"] = end
         self.written: set[str] = set()
+        self.reductions = 0, 0
 
     @property
     def operands(self) -> tuple[str, ...]:
@@ -161,7 +165,7 @@ class _Module:
         self.kernel("pack", (*dict.fromkeys(f"p{index}" for index, _, _ in blocks), "packed"), body)
 
     def source(self) -> Source:
-        return Source("".join(self.parts), self.arguments, self.shares, frozenset(self.written))
+        return Source("".join(self.parts), self.arguments, self.shares, frozenset(self.written), self.reductions)
 
     # --- pieces of text that kernels share ----------------------------------------------------------------------------
 
@@ -303,8 +307,11 @@ class _Module:
         """Adds up the programs' shares: grid (blocks, gradients)."""
         program, recipe = self.program, self.recipe
         parts: list[tuple[str, str, str]] = []  # argument, offset, numel
+        weights: list[tuple[int, int, Piece, Piece]] = []  # parameter, offset, rows, columns
         for i, shape in enumerate(program.params):
-            if f"p{i}" in self.written:
+            if f"p{i}" in self.written and (blocks := self.layout.blocks_of(i)):
+                weights += [(i, self.shares[f"p{i}"] + at, out, p) for (out, p), at in blocks.items()]
+            elif f"p{i}" in self.written:
                 parts.append((f"grad_p{i}", str(self.shares[f"p{i}"]), str(prod(shape))))
         if recipe.prediction:
             parts.append(("loss", str(self.shares["loss"]), "1"))
@@ -316,8 +323,9 @@ class _Module:
                         offset = f"{self.shares['tables']} + steps * {before}"
                         parts.append((f"grad_t{i}", offset, f"steps * {width}"))
                     before += width
-        if not parts:
+        if not parts and not weights:
             return
+        self.reductions = len(parts) + len(weights), max([out.size * p.size for *_, out, p in weights], default=0)
 
         def body(text: Text) -> None:
             text("start = tl.program_id(0) * BLOCK")
@@ -327,8 +335,14 @@ class _Module:
                 what = f"{name}, start, {numel}, {scale}, BLOCK"
                 inner = f"reduce_block(shares + {offset}, programs, share_stride, {what})"
                 text.block(f"if (which == {which}) & (start < {numel}):", lambda inner=inner: text(inner))  # type: ignore[misc]
+            for which, (i, begin, out, p) in enumerate(weights, start=len(parts)):
+                place = f"{program.params[i][1]}, {out.start}, {out.width}, {out.size}, {p.start}, {p.width}, {p.size}"
+                inner = f"reduce_weight(shares + {begin}, programs, share_stride, grad_p{i}, start, {place}, BLOCK)"
+                head = f"if (which == {which}) & (start < {out.size * p.size}):"
+                text.block(head, lambda inner=inner: text(inner))  # type: ignore[misc]
 
-        self.kernel("reduce", ("shares", *(p[0] for p in parts), "programs", "share_stride", "steps", "total"), body)
+        names = [p[0] for p in parts] + [f"grad_p{i}" for i, *_ in weights]
+        self.kernel("reduce", ("shares", *names, "programs", "share_stride", "steps", "total"), body)
 
 
 # --- the fused plan -------------------------------------------------------------------------------------------------

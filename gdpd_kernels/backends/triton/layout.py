@@ -172,6 +172,17 @@ class Layout:
                         end += out.size * p.size
         return found
 
+    def blocks_of(self, index: int) -> dict[tuple[Piece, Piece], int]:
+        """The blocks of one weight, by where each begins among them; none if they overlap: a weight that is used twice
+        and cut in two ways."""
+        found, end = {}, 0
+        for i, out, p in self.packed:
+            if i == index:
+                found[out, p] = end
+                end += out.size * p.size
+        shape = self.program.params[index]
+        return found if sum(out.width * p.width for out, p in found) == shape[0] * shape[-1] else {}
+
     @property
     def packed_size(self) -> int:
         """Numbers in the buffer of packed weights."""

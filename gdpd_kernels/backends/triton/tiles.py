@@ -88,6 +88,15 @@ def add_matrix(
     tl.store(base + at, old + x, mask=mask)
 
 
+@triton.jit
+def add_block(base, again, x):
+    """A block of a weight's gradient with its padding, stored or added as in `add_rows`."""
+    cols = tl.arange(0, x.shape[1])
+    at = tl.arange(0, x.shape[0])[:, None] * x.shape[1] + cols[None, :]
+    old = tl.load(base + at, mask=(cols < again * x.shape[1])[None, :], other=0.0)
+    tl.store(base + at, old + x)
+
+
 # --- products -------------------------------------------------------------------------------------------------------
 
 
@@ -433,3 +442,19 @@ def reduce_block(partials, programs, stride, out, start, numel, scale, BLOCK: tl
     for i in range(programs):
         total += tl.load(partials + i * stride + at, mask=at < numel, other=0.0)
     tl.store(out + at, total * scale, mask=at < numel)
+
+
+@triton.jit
+def reduce_weight(
+    partials, programs, stride, out, start,
+    columns: tl.constexpr, row: tl.constexpr, n_rows: tl.constexpr, row_size: tl.constexpr,
+    col: tl.constexpr, n_cols: tl.constexpr, col_size: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As `reduce_block`, for a padded block of the gradient of a weight with so many columns."""
+    at = start + tl.arange(0, BLOCK)
+    rows, cols = at // col_size, at % col_size
+    mask = (rows < n_rows) & (cols < n_cols) & (at < row_size * col_size)
+    total = tl.zeros([BLOCK], tl.float32)
+    for i in range(programs):
+        total += tl.load(partials + i * stride + at, mask=mask, other=0.0)
+    tl.store(out + (row + rows) * columns + col + cols, total, mask=mask)

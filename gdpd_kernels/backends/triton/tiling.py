@@ -44,8 +44,8 @@ def tile(program: DenoiserProgram, total: int, precision: str, architecture: str
         architecture: "cuda" or "hip".
     """
     widest = max(program.widths.values())
-    # FMA products keep both operands in registers, and gfx942 has 64 KiB of shared memory: smaller blocks.
-    chunk = 64 if precision == "ieee" or architecture == "hip" else 128
+    # Blocks of 128 spilled more registers; exact products keep both of their operands in registers.
+    chunk = 32 if precision == "ieee" else 64
     padded = max(16, 1 << (min(widest, chunk) - 1).bit_length()) * -(-widest // chunk)
     if program.batch_norms:
         whole = max(16, 1 << (total - 1).bit_length())

@@ -192,9 +192,14 @@ class BackwardWalk(Walk):
         columns = self.partitions[x]
         if f"p{weight}" in self.wanted:
             base, again = self._share(weight), self._parameter_again(weight)
+            assert weight is not None
+            blocks = self.layout.blocks_of(weight)
             for v, p in zip(self.fetch(x), columns, strict=True):
                 for g, out in zip(grads, pieces, strict=True):
                     block = f"linear_weight_grad({g}, {v}, \"{self.precision}\")"
+                    if (at := blocks.get((out, p))) is not None:
+                        self.text(f"add_block({base} + {at}, {again}, {block})")
+                        continue
                     place = f"{self.widths[x]}, {out.start}, {out.width}, {p.start}, {p.width}"
                     self.text(f"add_matrix({base}, {again}, {block}, {place})")
         self._vector_grad(bias, list(grads), pieces)
