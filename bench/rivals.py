@@ -165,9 +165,9 @@ def centre(tensor: Tensor) -> Tensor:
 class ReleaseScheduler:
     """DDIM as in public code: coefficients from tensors at every step, nothing kept from one call to the next."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         betas = torch.linspace(1e-4, 0.02, TRAIN_TIMESTEPS, dtype=torch.float64)
-        self.alphas_cumprod = (1 - betas).cumprod(0).float()
+        self.alphas_cumprod = (1 - betas).cumprod(0).to(dtype)
         self.final_alpha_cumprod = torch.tensor(1.0)
 
     def set_timesteps(self, steps: int) -> None:

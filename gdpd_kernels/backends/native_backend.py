@@ -46,6 +46,7 @@ _INTERFACE = 2  # of the compiled module, see csrc/bindings.cpp
 _PREDICTIONS = {"eps": 0, "x0": 1, "v": 2}
 # Below so many multiply-adds in a call, forming a team of threads costs more than it saves.
 _MACS_PER_THREAD = 100_000
+_REUSED_FROM = 2**16  # bytes: what the C library keeps at hand itself
 
 
 @cache
@@ -188,6 +189,15 @@ def _mixing(alpha: Tensor | None, batch: int, features: int, dtype: torch.dtype)
     return alpha.contiguous() if alpha.shape[1] > 1 and alpha.stride(1) == 0 else alpha
 
 
+def reused(numel: int, dtype: torch.dtype) -> Tensor:
+    """An empty tensor in memory that the module hands out again when the tensor is gone. What forward keeps would else
+    be fresh pages at every call, which the system takes longer to bring than the kernels to fill."""
+    if numel * dtype.itemsize < _REUSED_FROM:
+        return torch.empty(numel, dtype=dtype)
+    memory = _load().Memory(numel * dtype.itemsize)  # type: ignore[union-attr]
+    return torch.frombuffer(memory, dtype=dtype, count=numel)
+
+
 def _check_seed(seed: Tensor | None, draws: bool) -> None:
     if draws and seed is None:
         raise ValueError("seed: noise must be drawn, but neither noise nor seed is given")
@@ -259,7 +269,7 @@ class NativeBackend:
         _check_seed(seed, draws=any(coefficients[2::3]) or (alpha is not None and noise is None))
         z_hat = z_short.new_empty(total, features)
         stats = z_short.new_empty(steps, program.stats_width)
-        saved = z_short.new_empty(saved_numel(plan.saved_shape(f64, save), steps, total))
+        saved = reused(saved_numel(plan.saved_shape(f64, save), steps, total), dtype)
         _load().forward(  # type: ignore[union-attr]
             plan,
             f64,

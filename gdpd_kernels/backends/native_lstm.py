@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gdpd_kernels.backends.native_backend import _MACS_PER_THREAD, _load, instruction_set
+from gdpd_kernels.backends.native_backend import _MACS_PER_THREAD, _load, instruction_set, reused
 
 
 def unusable() -> list[str]:
@@ -42,13 +42,6 @@ def _sequence(tensor: Tensor | None, batch_first: bool) -> tuple[int, int, int]:
         return 0, 0, 0
     row, step = (0, 1) if batch_first else (1, 0)
     return tensor.data_ptr(), tensor.stride(row), tensor.stride(step)
-
-
-def _kept(numel: int, dtype: torch.dtype) -> Tensor:
-    """An empty tensor in memory that the module hands out again when the tensor is gone: 40 MB of fresh pages take
-    twice as long as the arithmetic of the forward pass that fills them."""
-    memory = _load().Memory(numel * dtype.itemsize)  # type: ignore[union-attr]
-    return torch.frombuffer(memory, dtype=dtype, count=numel)
 
 
 class _Inputs:
@@ -129,7 +122,7 @@ def forward(
     h_n = x.new_empty(given.layers, given.batch, given.hidden)
     c_n = x.new_empty(given.layers, given.batch, given.hidden)
     numel = saved_numel(given.batch, given.steps, given.hidden)
-    saved = [_kept(numel, x.dtype) for _ in range(given.layers if save else 0)]
+    saved = [reused(numel, x.dtype) for _ in range(given.layers if save else 0)]
     _load().lstm_forward(  # type: ignore[union-attr]
         *given.arguments,
         [tensor.data_ptr() for tensor in saved],

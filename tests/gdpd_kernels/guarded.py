@@ -14,7 +14,14 @@ from gdpd_kernels.ops import SAVE_NOTHING, SAVE_VALUES
 from problem import Problem, Result
 
 _GUARD = 257  # numbers on either side: odd, so that what lies between them is aligned to a number and no more
-_MAKERS = {torch.Tensor.new_empty, torch.empty, torch.empty_like, torch.Tensor.new_full, torch.zeros_like}
+_MAKERS = {
+    torch.Tensor.new_empty,
+    torch.empty,
+    torch.empty_like,
+    torch.frombuffer,
+    torch.Tensor.new_full,
+    torch.zeros_like,
+}
 
 
 def _bits(x: Tensor) -> Tensor:

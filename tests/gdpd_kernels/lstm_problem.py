@@ -122,13 +122,13 @@ class LstmProblem:
             grads = [guards.place("grad", g) for g in (self.grad_output, self.grad_h, self.grad_c)]
             inputs = (x, h0, c0, self.lengths, torch.tensor(7), params)
             dtype = compute or self.x.dtype
-            kept, native_lstm._kept = native_lstm._kept, lambda numel, dtype: torch.empty(numel, dtype=dtype)
+            kept, native_lstm.reused = native_lstm.reused, lambda numel, dtype: torch.empty(numel, dtype=dtype)
             try:
                 output, h_n, c_n, saved = native_lstm.forward(
                     *inputs, self.batch_first, self.last, self.dropout, dtype, True
                 )
             finally:
-                native_lstm._kept = kept
+                native_lstm.reused = kept
             wanted = [i for i, t in enumerate([x, h0, c0, *params]) if t is not None]
             if self.last:
                 with torch._C.DisableTorchFunction():

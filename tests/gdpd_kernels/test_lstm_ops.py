@@ -46,7 +46,7 @@ def arguments(problem: LstmProblem, backend: str) -> tuple[Any, ...]:
 )
 def test_opcheck(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Results are compared, also those that are only kept for backward, in which there is room that nobody uses.
-    monkeypatch.setattr(native_lstm, "_kept", lambda numel, dtype: torch.zeros(numel, dtype=dtype))
+    monkeypatch.setattr(native_lstm, "reused", lambda numel, dtype: torch.zeros(numel, dtype=dtype))
     problem = SMALL[name]()
     given = arguments(problem, backend)
     torch.library.opcheck(torch.ops.gdpd_kernels.lstm, given)
