@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.cases import Case
+from bench.tables import write_between_markers
 from gdpd_kernels.backends.triton import tiling
 from gdpd_kernels.backends.triton.kernels import Recipe, Source, backward_source, forward_source
 from gdpd_kernels.program import DenoiserProgram
@@ -135,10 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines = table(options.case or CASES, options.target or list(TARGETS), options.precision or ["tf32"])
     print("\n".join(lines))
     if options.write:
-        page = _DOC.read_text(encoding="utf-8")
-        begin, end = "<!-- begin static -->", "<!-- end static -->"
-        before, after = page.partition(begin)[0], page.partition(end)[2]
-        _DOC.write_text(f"{before}{begin}\n\n" + "\n".join(lines) + f"\n\n{end}{after}", encoding="utf-8")
+        write_between_markers(_DOC, "static", "\n".join(lines))
     return 0
 
 

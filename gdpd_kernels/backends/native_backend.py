@@ -134,7 +134,12 @@ def _program(program: DenoiserProgram, isa: str) -> Any:
 
 
 def _threads(program: DenoiserProgram, rows: int, steps: int) -> int:
-    return max(1, min(torch.get_num_threads(), 1 + _work(program) * rows * steps // _MACS_PER_THREAD))
+    return _team(_work(program) * rows * steps)
+
+
+def _team(macs: int) -> int:
+    """Threads for a call of so many multiply-adds."""
+    return max(1, min(torch.get_num_threads(), 1 + macs // _MACS_PER_THREAD))
 
 
 @lru_cache(maxsize=256)
@@ -164,6 +169,24 @@ def _dense_all(
         tensors = [_dense(name, x, shape, dtype) for x, shape in zip(tensors, shapes, strict=True)]
         addresses = [x.data_ptr() for x in tensors]
     return addresses, tensors
+
+
+def _operands(
+    program: DenoiserProgram,
+    rows: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    params: Sequence[Tensor],
+    batch: int,
+    steps: int,
+    dtype: torch.dtype,
+) -> tuple[list[list[int]], list[Sequence[Tensor]]]:
+    """`_dense_all` of the three lists that every operator takes."""
+    found = [
+        _dense_all("rows", rows, _outer_shapes(program.rows, batch), dtype),
+        _dense_all("tables", tables, _outer_shapes(program.tables, steps), dtype),
+        _dense_all("params", params, program.params, dtype),
+    ]
+    return [addresses for addresses, _ in found], [tensors for _, tensors in found]
 
 
 @lru_cache(maxsize=256)
@@ -262,9 +285,7 @@ class NativeBackend:
         f64 = dtype == torch.float64
         z_short = _dense("z_short", z_short, (batch, program.features), dtype)
         noise = None if noise is None else _dense("noise", noise, (num_samples, batch, features), dtype)
-        at_rows, rows = _dense_all("rows", rows, _outer_shapes(program.rows, batch), dtype)
-        at_tables, tables = _dense_all("tables", tables, _outer_shapes(program.tables, steps), dtype)
-        at_params, params = _dense_all("params", params, program.params, dtype)
+        operands, (rows, tables, params) = _operands(program, rows, tables, params, batch, steps, dtype)
         alpha = _mixing(alpha, batch, features, dtype)
         _check_seed(seed, draws=any(coefficients[2::3]) or (alpha is not None and noise is None))
         z_hat = z_short.new_empty(total, features)
@@ -281,9 +302,7 @@ class NativeBackend:
             *_alpha_strides(alpha),
             _address(noise),
             _seed(seed),
-            at_rows,
-            at_tables,
-            at_params,
+            *operands,
             compute_dtype == torch.bfloat16,
             save,
             _threads(program, total, steps),
@@ -317,9 +336,7 @@ class NativeBackend:
         plan = self._plan(program)
         z_short = _dense("z_short", z_short, (batch, program.features), dtype)
         noise = None if noise is None else _dense("noise", noise, (num_samples, batch, features), dtype)
-        at_rows, rows = _dense_all("rows", rows, _outer_shapes(program.rows, batch), dtype)
-        at_tables, tables = _dense_all("tables", tables, _outer_shapes(program.tables, steps), dtype)
-        at_params, params = _dense_all("params", params, program.params, dtype)
+        operands, (rows, tables, params) = _operands(program, rows, tables, params, batch, steps, dtype)
         alpha = _mixing(alpha, batch, features, dtype)
         grad = _dense("grad", grad, (total, features), dtype)
         stats = _dense("stats", stats, (steps, program.stats_width), dtype)
@@ -347,9 +364,7 @@ class NativeBackend:
             *_alpha_strides(alpha),
             _address(noise),
             _seed(seed),
-            at_rows,
-            at_tables,
-            at_params,
+            *operands,
             compute_dtype == torch.bfloat16,
             save,
             _threads(program, total, steps),
@@ -385,9 +400,7 @@ class NativeBackend:
         z_long = _dense("z_long", z_long, (batch, program.features), dtype)
         noise = None if noise is None else _dense("noise", noise, (batch, program.features), dtype)
         signal, sigma = _dense("signal", signal, (batch,), dtype), _dense("sigma", sigma, (batch,), dtype)
-        at_rows, rows = _dense_all("rows", rows, _outer_shapes(program.rows, batch), dtype)
-        at_tables, tables = _dense_all("tables", tables, _outer_shapes(program.tables, batch), dtype)
-        at_params, params = _dense_all("params", params, program.params, dtype)
+        operands, (rows, tables, params) = _operands(program, rows, tables, params, batch, batch, dtype)
         _check_seed(seed, draws=noise is None)
         inputs = [z_long, *rows, *tables, *params]
         stats = z_long.new_empty(1, program.stats_width)
@@ -405,9 +418,7 @@ class NativeBackend:
             _seed(seed),
             _address(signal),
             _address(sigma),
-            at_rows,
-            at_tables,
-            at_params,
+            *operands,
             _PREDICTIONS[prediction],
             compute_dtype == torch.bfloat16,
             _threads(program, batch, 1),

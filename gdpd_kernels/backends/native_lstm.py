@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gdpd_kernels.backends.native_backend import _MACS_PER_THREAD, _load, instruction_set, reused
+from gdpd_kernels.backends.native_backend import _address, _dense, _load, _seed, _team, instruction_set, reused
 
 
 def unusable() -> list[str]:
@@ -20,20 +20,6 @@ def saved_numel(batch: int, steps: int, hidden: int) -> int:
     """Numbers that forward keeps of each layer for backward: the gates and the cell state of every step and row. As in
     csrc/lstm.h; sizes may be symbolic."""
     return steps * batch * ((5 * hidden + 15) // 16 * 16)
-
-
-def _dense(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    # An address tells a kernel nothing of what lies there: it is checked here.
-    if tensor.shape != shape or tensor.dtype is not dtype or not tensor.is_cpu:
-        raise ValueError(
-            f"{name} has shape {list(tensor.shape)}, {tensor.dtype} on {tensor.device}; "
-            f"expected {list(shape)}, {dtype} on cpu"
-        )
-    return tensor.contiguous()
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _sequence(tensor: Tensor | None, batch_first: bool) -> tuple[int, int, int]:
@@ -91,9 +77,9 @@ class _Inputs:
             _address(self.c0),
             self.with_biases([param.data_ptr() for param in self.params]),
             dropout,
-            int(seed) & (2**64 - 1) if dropout > 0 and seed is not None else 0,
+            _seed(seed if dropout > 0 else None),
             compute_dtype == torch.bfloat16,
-            max(1, min(torch.get_num_threads(), 1 + macs // _MACS_PER_THREAD)),
+            _team(macs),
         )
 
     def with_biases(self, addresses: list[int]) -> list[int]:

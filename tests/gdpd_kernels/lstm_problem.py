@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import gdpd_kernels as gk
-from gdpd_kernels.backends import load, native_lstm
+from gdpd_kernels.backends import load, native_backend, native_lstm
 from guarded import Guards
 from problem import Result
 
@@ -201,12 +201,12 @@ class Threads:
     count: int
 
     def __enter__(self) -> None:
-        self.before = native_lstm._MACS_PER_THREAD, torch.get_num_threads()
-        native_lstm._MACS_PER_THREAD = 1
+        self.before = native_backend._MACS_PER_THREAD, torch.get_num_threads()
+        native_backend._MACS_PER_THREAD = 1
         torch.set_num_threads(self.count)
 
     def __exit__(self, *_: object) -> None:
-        native_lstm._MACS_PER_THREAD = self.before[0]
+        native_backend._MACS_PER_THREAD = self.before[0]
         torch.set_num_threads(self.before[1])
 
 
