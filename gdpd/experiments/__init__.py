@@ -6,6 +6,7 @@ where it stopped, and `gdpd report` reads it like any other set of runs.
 
 from gdpd.experiments.grid import Grid, GridRun, run_name
 from gdpd.experiments.records import RunRecord, find_runs, read_run
+from gdpd.experiments.results import Result, ResultsTable, choose, read_results, result_records
 from gdpd.experiments.runner import Outcome, run_grid
 from gdpd.experiments.summary import Row, paired_differences, summarise
 
@@ -13,11 +14,16 @@ __all__ = [
     "Grid",
     "GridRun",
     "Outcome",
+    "Result",
+    "ResultsTable",
     "Row",
     "RunRecord",
+    "choose",
     "find_runs",
     "paired_differences",
+    "read_results",
     "read_run",
+    "result_records",
     "run_grid",
     "run_name",
     "summarise",
