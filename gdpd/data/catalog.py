@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from gdpd.data.files import iter_files, search_roots, ts_header, ts_unusable
 from gdpd.data.labels import canonical_labels
+from gdpd.data.packages import PACKAGES
+from gdpd.data.plain_files import read_npz
 
 
 class DatasetInfo(NamedTuple):
@@ -16,7 +18,7 @@ class DatasetInfo(NamedTuple):
 
     Attributes:
         name: name to give to :func:`gdpd.data.load_dataset`.
-        source: ``"aeon"`` (inside aeon's wheel) or the folder it lies in.
+        source: the package that it lies in, such as ``"aeon"``, or the folder.
         n_train: number of training series.
         n_test: number of test series; 0 when there is one file only.
         channels: number of channels.
@@ -34,11 +36,11 @@ class DatasetInfo(NamedTuple):
 
 
 def list_datasets(data_dir: str | os.PathLike[str] | None = None) -> list[DatasetInfo]:
-    """The classification sets in ``data_dir`` and inside aeon's wheel, sorted by name.
+    """The classification sets in ``data_dir`` and inside installed packages, sorted by name.
 
-    Files are scanned (header, number of lines, number of separators), not parsed, and aeon is not imported.
+    Files are scanned (header, number of lines, number of separators), not parsed, and no package is imported.
     Sets that cannot be classified (regression, time-stamped) are left out; a broken file is left out with a
-    warning. A set in ``data_dir`` hides the bundled set of the same name, as it does in ``load_dataset``.
+    warning. A set in ``data_dir`` hides a package's set of the same name, as it does in ``load_dataset``.
 
     Args:
         data_dir: folder with data sets, each in a folder of its own or directly; None for the bundled ones only.
@@ -52,7 +54,8 @@ def list_datasets(data_dir: str | os.PathLike[str] | None = None) -> list[Datase
             if files.name in rows:
                 continue
             try:
-                scans = [_scan(path) for path in (files.train, files.test) if path is not None]
+                splits = {"train": files.train, "test": files.test}
+                scans = [_scan(path, split) for split, path in splits.items() if path is not None]
             except (OSError, ValueError) as error:
                 warnings.warn(f"data set {files.name!r} left out of the list: {error}", UserWarning, stacklevel=2)
                 continue
@@ -61,7 +64,7 @@ def list_datasets(data_dir: str | os.PathLike[str] | None = None) -> list[Datase
             train, *test = [scan for scan in scans if scan is not None]
             rows[files.name] = DatasetInfo(
                 files.name,
-                source if source == "aeon" else os.fspath(files.train.parent),
+                source if source in PACKAGES else os.fspath(files.train.parent),
                 len(train.labels),
                 sum(len(scan.labels) for scan in test),
                 train.channels,
@@ -77,13 +80,16 @@ class _Scan(NamedTuple):
     labels: list[str]
 
 
-def _scan(path: Path) -> _Scan | None:
+def _scan(path: Path, split: str) -> _Scan | None:
     """Count what one file holds; None when it is no classification set."""
+    if path.suffix == ".npz":
+        series, found = read_npz(path, split)
+        return _Scan(len(series[0]), max(item.shape[1] for item in series), [str(label) for label in found])
     multivariate = False
     if path.suffix == ".ts" and ts_unusable(ts_header(path)) is not None:
         return None
     channels, length, labels = 0, 0, []
-    in_data = path.suffix == ".tsv"
+    in_data = path.suffix in (".tsv", ".txt")
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             line = line.strip()
@@ -98,6 +104,9 @@ def _scan(path: Path) -> _Scan | None:
             elif path.suffix == ".tsv":
                 label, _, rest = line.partition("\t")
                 values = [rest.replace("\t", ",")]
+            elif path.suffix == ".txt":
+                label, *numbers = line.replace(",", " ").split()
+                values = [",".join(numbers)]
             elif multivariate:
                 rest, _, label = line.rpartition("',")
                 values = rest.split("\\n")

@@ -1,4 +1,4 @@
-"""Finding and reading the files of a data set: aeon's bundled sets or a user's UCR/UEA folder, never the network.
+"""Finding and reading the files of a data set: inside installed packages or a user's UCR/UEA folder, never the network.
 
 aeon's own loaders download what they do not find. Here a file must exist before any reader is called, and
 only the readers of single files are used.
@@ -7,7 +7,6 @@ only the readers of single files are used.
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,7 +15,11 @@ from typing import Any
 
 import numpy as np
 
-EXTENSIONS = (".ts", ".tsv", ".arff")  # in the order of preference when a folder holds several
+from gdpd.data.packages import missing_packages, package_folders
+from gdpd.data.plain_files import is_npz_set, read_npz, read_txt
+
+EXTENSIONS = (".ts", ".tsv", ".arff", ".txt", ".npz")  # in the order of preference when a folder holds several
+_WHOLE = (".ts", ".tsv", ".arff")  # what may hold all series in one file; a .txt without TRAIN is often a description
 
 
 @dataclass(frozen=True)
@@ -26,23 +29,15 @@ class DatasetFiles:
     Attributes:
         name: name of the set (the file name up to ``_TRAIN``).
         train: file with the training series, or with all series when ``test`` is None.
-        test: file with the test series, or None when the set comes in one file.
-        source: ``"aeon"`` for a set inside aeon's wheel, else the folder.
+        test: file with the test series (an .npz file holds both splits: it is the same), or None when the set comes
+            in one file.
+        source: name of the package that the set lies in, such as ``"aeon"``, else the folder.
     """
 
     name: str
     train: Path
     test: Path | None
     source: str
-
-
-def bundled_folder() -> Path | None:
-    """Folder of the data sets that aeon ships inside its wheel, or None without aeon. Does not import aeon."""
-    spec = importlib.util.find_spec("aeon")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    folder = Path(next(iter(spec.submodule_search_locations))) / "datasets" / "data"
-    return folder if folder.is_dir() else None
 
 
 def import_readers() -> Any:
@@ -64,8 +59,9 @@ def import_readers() -> Any:
 def find_files(name_or_path: str | os.PathLike[str], data_dir: str | os.PathLike[str] | None = None) -> DatasetFiles:
     """Locate the files of a data set.
 
-    A bare name is looked for in ``data_dir`` (when given), then among aeon's bundled sets, then as a folder
-    or file of the working directory. Anything with a path separator, or a ``Path``, is a folder or a file.
+    A bare name is looked for in ``data_dir`` (when given), then inside installed packages (see
+    `gdpd.data.packages`), then as a folder or file of the working directory. Anything with a path separator, or
+    a ``Path``, is a folder or a file.
 
     Args:
         name_or_path: name of a set, folder of a set, or one file of it.
@@ -98,19 +94,21 @@ def find_files(name_or_path: str | os.PathLike[str], data_dir: str | os.PathLike
     close = [] if is_path else difflib.get_close_matches(text, known_names(data_dir), n=3, cutoff=0.5)
     if close:
         lines.append(f"names close to it: {', '.join(close)}")
-    if bundled_folder() is None:
-        lines.append('aeon is not installed, so its bundled sets are missing: pip install "gdpd-kernels[data]"')
-    lines.append("nothing is ever downloaded: put NAME_TRAIN and NAME_TEST files (.ts, .tsv or .arff) in a folder")
+    for package, extra in missing_packages().items():
+        lines.append(f'{package} is not installed, so its sets are missing: pip install "gdpd-kernels[{extra}]"')
+    lines.append(
+        "nothing is ever downloaded: put NAME_TRAIN and NAME_TEST files (.ts, .tsv, .arff or .txt) in a folder"
+    )
     raise FileNotFoundError("\n".join(lines))
 
 
 def known_names(data_dir: str | os.PathLike[str] | None = None) -> list[str]:
-    """Names of the sets that have a TRAIN file in ``data_dir`` or among aeon's bundled sets (files not opened)."""
+    """Names of the sets that have a TRAIN file in ``data_dir`` or inside installed packages."""
     return sorted({files.name for root, source in search_roots(data_dir) for files in iter_files(root, source)})
 
 
 def search_roots(data_dir: str | os.PathLike[str] | None = None) -> list[tuple[Path, str]]:
-    """The folders searched for a name, in order, each with what to call it: ``data_dir``, aeon's bundled sets.
+    """The folders searched for a name, in order, each with what to call it: ``data_dir``, then those of packages.
 
     Raises:
         FileNotFoundError: ``data_dir`` is not a folder.
@@ -121,13 +119,11 @@ def search_roots(data_dir: str | os.PathLike[str] | None = None) -> list[tuple[P
         if not folder.is_dir():
             raise FileNotFoundError(f"data_dir={os.fspath(data_dir)!r} is not a folder")
         roots.append((folder, os.fspath(folder)))
-    if (bundled := bundled_folder()) is not None:
-        roots.append((bundled, "aeon"))
-    return roots
+    return roots + package_folders()
 
 
 def iter_files(root: Path, source: str) -> Iterable[DatasetFiles]:
-    """Every data set directly in ``root`` or in one of its folders: TRAIN files and their TEST files if any."""
+    """Every data set directly in ``root`` or in one of its folders: TRAIN files and their TEST files if any, .npz."""
     seen: set[str] = set()
     for extension in EXTENSIONS:
         for train in sorted([*root.glob(f"*_TRAIN{extension}"), *root.glob(f"*/*_TRAIN{extension}")]):
@@ -135,6 +131,10 @@ def iter_files(root: Path, source: str) -> Iterable[DatasetFiles]:
             if name not in seen and (found := _pair(train.parent, name, source, [])) is not None:
                 seen.add(name)
                 yield found
+    for both in sorted([*root.glob("*.npz"), *root.glob("*/*.npz")]):
+        if both.stem not in seen and is_npz_set(both):
+            seen.add(both.stem)
+            yield DatasetFiles(both.stem, both, both, source)
 
 
 def _pair(folder: Path, name: str, source: str, tried: list[Path]) -> DatasetFiles | None:
@@ -147,7 +147,10 @@ def _pair(folder: Path, name: str, source: str, tried: list[Path]) -> DatasetFil
             if test.is_file():
                 return DatasetFiles(name, train, test, source)
             lone = lone or DatasetFiles(name, train, None, source)
-    for extension in EXTENSIONS:
+    both = folder / f"{name}.npz"
+    if lone is None and both.is_file():
+        return DatasetFiles(name, both, both, source)
+    for extension in _WHOLE:
         whole = folder / f"{name}{extension}"
         tried.append(whole)
         if lone is None and whole.is_file():
@@ -164,7 +167,9 @@ def _from_file(path: Path) -> DatasetFiles:
             train, test = (path.with_name(f"{name}{part}{path.suffix}") for part in ("_TRAIN", "_TEST"))
             if train.is_file():
                 return DatasetFiles(name, train, test if test.is_file() else None, os.fspath(path.parent))
-    return DatasetFiles(path.stem, path, None, os.fspath(path.parent))
+    if path.suffix == ".txt":
+        raise ValueError(f"{path} has the extension '.txt' without being NAME_TRAIN.txt or NAME_TEST.txt: name it so")
+    return DatasetFiles(path.stem, path, path if path.suffix == ".npz" else None, os.fspath(path.parent))
 
 
 def _from_folder(folder: Path, tried: list[Path]) -> DatasetFiles:
@@ -175,7 +180,7 @@ def _from_folder(folder: Path, tried: list[Path]) -> DatasetFiles:
     candidates = {f.name: f for f in iter_files(folder, source) if f.train.parent == folder}
     if not candidates:
         tried.append(folder / "*")
-        for extension in EXTENSIONS:
+        for extension in (*_WHOLE, ".npz"):
             for path in sorted(folder.glob(f"*{extension}")):
                 item = _from_file(path)
                 candidates.setdefault(item.name, item)
@@ -186,7 +191,10 @@ def _from_folder(folder: Path, tried: list[Path]) -> DatasetFiles:
             f"{folder} holds several data sets ({', '.join(sorted(candidates))}): name one of them, with "
             f"data_dir={os.fspath(folder)!r}, or give the path of its TRAIN file"
         )
-    lines = [f"no .ts, .tsv or .arff file in {folder}; paths tried:", *(f"  {item}" for item in tried)]
+    lines = [
+        f"no .ts, .tsv or .arff file and no pair of .txt files in {folder}; paths tried:",
+        *(f"  {item}" for item in tried),
+    ]
     raise FileNotFoundError("\n".join(lines))
 
 
@@ -220,8 +228,12 @@ def ts_unusable(header: dict[str, str]) -> str | None:
     return None
 
 
-def read_file(path: Path) -> tuple[list[np.ndarray], np.ndarray]:
-    """Read one file with aeon's reader for its extension.
+def read_file(path: Path, split: str = "train") -> tuple[list[np.ndarray], np.ndarray]:
+    """Read one file with the reader for its extension: aeon's, or numpy for .txt and .npz.
+
+    Args:
+        path: the file.
+        split: "train" or "test": which of the two is wanted of a file that holds both (.npz).
 
     Returns:
         ``(series, labels)``: a list of n float64 arrays ``(channels, length_i)``, NaN where the file has a
@@ -234,18 +246,18 @@ def read_file(path: Path) -> tuple[list[np.ndarray], np.ndarray]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    readers = import_readers()
     if path.suffix == ".ts" and (reason := ts_unusable(ts_header(path))) is not None:
         raise ValueError(f"{path} cannot be used: {reason}")
-    read = {
-        ".ts": readers.load_from_ts_file,
-        ".tsv": readers.load_from_tsv_file,
-        ".arff": readers.load_from_arff_file,
-    }[path.suffix]
+    readers = import_readers() if path.suffix in _WHOLE else None
     try:
-        values, labels = read(os.fspath(path))
+        if path.suffix == ".txt":
+            values, labels = read_txt(path)
+        elif path.suffix == ".npz":
+            values, labels = read_npz(path, split)
+        else:
+            values, labels = getattr(readers, f"load_from_{path.suffix[1:]}_file")(os.fspath(path))
         series = [np.atleast_2d(np.asarray(item, dtype=np.float64)) for item in values]
-    except Exception as error:  # aeon raises whatever its parsing stumbles on
+    except Exception as error:  # readers raise whatever their parsing stumbles on
         raise ValueError(f"could not read {path}: {type(error).__name__}: {error}") from error
     labels = np.asarray(labels)
     if not series or len(labels) != len(series):

