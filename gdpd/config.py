@@ -14,7 +14,7 @@ from typing import Any
 
 from gdpd.options import coerce, keywords, nearest, option
 
-METHODS = ("base", "kd", "gdpd")
+METHODS = ("base", "kd", "gdpd", "gendd")
 
 
 @dataclass(frozen=True)

@@ -261,6 +261,12 @@ class AdaLNDenoiser(nn.Module):
             raise ValueError(f"token has values {int(token.min())}..{int(token.max())}; expected 0..{self.tokens - 1}")
         return torch.cat([c, nn.functional.one_hot(token, self.tokens).to(c.dtype)], dim=1)
 
+    def condition_tokens(self, c: Tensor) -> Tensor:
+        """`condition` of every token of every row, in order: ``[batch, C]`` → ``[batch · tokens, C + tokens]``."""
+        index = torch.eye(self.tokens, dtype=c.dtype, device=c.device)
+        rows = c[:, None].expand(-1, self.tokens, -1), index.expand(len(c), -1, -1)
+        return torch.cat(rows, dim=2).flatten(0, 1)
+
     def forward(self, z: Tensor, t: Tensor, cond: Tensor) -> Tensor:
         """Predicted noise ``[batch, features]``, from ``z`` ``[batch, features]``, int64 ``t`` ``[batch]`` or 0-d, and
         what `condition` returns."""

@@ -9,6 +9,7 @@ from typing import Any
 from gdpd.distillers.base import Batch, Distiller, hinton_loss
 from gdpd.distillers.base_ce import Base
 from gdpd.distillers.gdpd import GDPD
+from gdpd.distillers.gendd import GenDD
 from gdpd.distillers.kd import KD
 from gdpd.models import Classifier
 from gdpd.options import nearest
@@ -19,13 +20,14 @@ __all__ = [
     "Base",
     "Batch",
     "Distiller",
+    "GenDD",
     "build_distiller",
     "distiller_class",
     "distiller_names",
     "hinton_loss",
 ]
 
-_REGISTRY: dict[str, type[Distiller]] = {"base": Base, "kd": KD, "gdpd": GDPD}
+_REGISTRY: dict[str, type[Distiller]] = {"base": Base, "kd": KD, "gdpd": GDPD, "gendd": GenDD}
 
 
 def distiller_names() -> list[str]:

@@ -50,6 +50,15 @@ class Distiller(nn.Module):
         self.student = student
         self.warmup_epochs = warmup_epochs
 
+    def prepare(self, teacher: Classifier, z_long: Tensor, y: Tensor) -> None:
+        """Take what the method needs of the teacher beside the batches; called once before training.
+
+        Args:
+            teacher: the trained teacher, frozen; not to be kept, since it is no part of the method's state.
+            z_long: its features of all training series, [n, teacher_dim]; maybe on the host.
+            y: their class numbers, int64 [n].
+        """
+
     def loss(self, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch in epoch `epoch` (counted from 0).
 

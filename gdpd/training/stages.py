@@ -127,6 +127,7 @@ def rehearse(session: Session) -> None:
     with torch.no_grad(), session.fabric.autocast():
         full, prefix = (TrainingSet(series).batch(rows) for series in (prepared.full_train, prepared.prefix_train))
         prefix.z_long, prefix.teacher_logits = teacher(full.x_prefix, full.lengths)
+        distiller.prepare(teacher, prefix.z_long, prefix.y)
         for epoch in (0, distiller.warmup_epochs):
             distiller.loss(prefix, epoch)
     distiller.load_state_dict(built)  # the running statistics of BatchNorms have moved
@@ -263,6 +264,7 @@ def train_student(session: Session, teacher: Teacher | None) -> tuple[Distiller,
         known = teacher_outputs(
             teacher.model, prepared.full_train, limit=config.teacher_memory * 2**20, home=session.teacher_home
         )
+        distiller.prepare(teacher.model, known[0], prepared.full_train.y)
     train = TrainingSet(prepared.prefix_train, *known)
     selection = Selection(
         config.selection,

@@ -107,12 +107,15 @@ def test_several_samples_average_their_losses() -> None:
 
 
 @pytest.mark.parametrize("epoch", [0, 2])
-@pytest.mark.parametrize("method", ["base", "kd", "gdpd"])
+@pytest.mark.parametrize("method", ["base", "kd", "gdpd", "gendd"])
 def test_the_student_runs_once_a_step(method: str, epoch: int) -> None:
     made = build_distiller(method, student(), TEACHER_DIM, {"warmup_epochs": 2})
+    data = batch()
+    assert data.z_long is not None
+    made.prepare(build_model("lstm", in_channels=1, num_classes=3, layers=1, hidden=TEACHER_DIM), data.z_long, data.y)
     calls: list[int] = []
     made.student.register_forward_hook(lambda *_: calls.append(1))
-    made.loss(batch(), epoch)
+    made.loss(data, epoch)
     assert len(calls) == 1
 
 
