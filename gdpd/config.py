@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gdpd.methods import METHODS
 from gdpd.options import coerce, keywords, nearest, option
-
-METHODS = ("base", "kd", "gdpd", "gendd")
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,19 @@ class RunConfig:
     )
 
     # -- method --------------------------------------------------------------------------------------------
-    method: str = option("gdpd", "Training method of the student.", group="method", choices=METHODS)
+    method: str = option(
+        "gdpd",
+        "Training method of the student: a name, or a class of your own as package.module:Class.",
+        group="method",
+        choices=tuple(METHODS),
+    )
+    class_weight: str = option(
+        "none",
+        "Weights of the classes in every cross-entropy, the teacher's too: none, or balanced "
+        "(series / (classes * series of the class), as in scikit-learn).",
+        group="method",
+        choices=("none", "balanced"),
+    )
     loss_ratio: float = option(1.0, "Weight r of every loss beside the cross-entropy.", group="method")
     hinton: bool = option(
         True,
@@ -148,7 +159,8 @@ class RunConfig:
     epochs: int = option(600, "Epochs of the student, warm-up included.", unit="epochs", group="training")
     warmup_epochs: int | None = option(
         None,
-        "GDPD: epochs in which the prior is learned (null: half of all).",
+        "Epochs of the first stage, of methods that have one (null: half of all). GDPD: the prior is learned; "
+        "Fits: the hint.",
         unit="epochs",
         group="training",
     )
@@ -263,7 +275,8 @@ class RunConfig:
         for field in dataclasses.fields(self):
             choices = field.metadata["choices"]
             value = getattr(self, field.name)
-            if choices and value not in choices:
+            own_class = field.name == "method" and ":" in value
+            if choices and value not in choices and not own_class:
                 raise ValueError(
                     f"{field.name}={value!r} is not known{nearest(value, choices)}. One of: {', '.join(choices)}."
                 )

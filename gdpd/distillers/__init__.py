@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from gdpd.distillers.base import Batch, Distiller, hinton_loss
+from gdpd.distillers.base import Batch, Distiller, StudentRun, hinton_loss, taught
 from gdpd.distillers.base_ce import Base
+from gdpd.distillers.fits import Fits
 from gdpd.distillers.gdpd import GDPD
 from gdpd.distillers.gendd import GenDD
 from gdpd.distillers.kd import KD
+from gdpd.methods import METHODS
 from gdpd.models import Classifier
 from gdpd.options import nearest
 
@@ -20,30 +23,45 @@ __all__ = [
     "Base",
     "Batch",
     "Distiller",
+    "Fits",
     "GenDD",
+    "StudentRun",
     "build_distiller",
     "distiller_class",
     "distiller_names",
     "hinton_loss",
+    "taught",
 ]
-
-_REGISTRY: dict[str, type[Distiller]] = {"base": Base, "kd": KD, "gdpd": GDPD, "gendd": GenDD}
 
 
 def distiller_names() -> list[str]:
-    """Names that `build_distiller` takes."""
-    return list(_REGISTRY)
+    """Names that `build_distiller` takes, beside those of the form "package.module:Class"."""
+    return list(METHODS)
 
 
 def distiller_class(name: str) -> type[Distiller]:
-    """The class of a method.
+    """The class of a method, by its name or as "package.module:Class".
 
     Raises:
-        ValueError: an unknown name (the nearest is suggested).
+        ValueError: an unknown name (the nearest is suggested); a class that cannot be imported or is no `Distiller`.
     """
-    if name not in _REGISTRY:
-        raise ValueError(f"method={name!r} is not known{nearest(name, _REGISTRY)}. One of: {', '.join(_REGISTRY)}.")
-    return _REGISTRY[name]
+    where = METHODS[name].where if name in METHODS else name
+    module, colon, attribute = where.partition(":")
+    if not colon:
+        raise ValueError(
+            f"method={name!r} is not known{nearest(name, METHODS)}. One of: {', '.join(METHODS)}; or a class of your "
+            "own as 'package.module:Class'."
+        )
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"method={name!r} cannot be imported: {error}. Give package.module:Class, with the package on Python's "
+            "path (PYTHONPATH)."
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Distiller)):
+        raise ValueError(f"method={name!r} is not a class derived from gdpd.distillers.Distiller.")
+    return found
 
 
 def build_distiller(
@@ -56,7 +74,7 @@ def build_distiller(
     """A method by name around a student.
 
     Args:
-        name: one of `distiller_names()`.
+        name: one of `distiller_names()`, or "package.module:Class".
         student: the network to train.
         teacher_dim: width of the teacher's feature; given to the methods that ask for it.
         shared_options: options of a whole run, of which the method takes those that it knows.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +25,9 @@ class Batch:
         index: place of each series in the training set, int64 [batch], for methods that keep something per series.
         z_long: the teacher's feature of the full series, [batch, teacher_dim]; None where no teacher is used.
         teacher_logits: the teacher's logits of the full series, [batch, classes]; likewise.
+        teacher_sequence: the teacher's hidden sequence of the full series, [batch, full time, teacher_sequence_dim],
+            zero past a series' end; None where the method does not ask for it.
+        teacher_lengths: valid steps of that sequence, int64 [batch]; None when all have `full time`.
     """
 
     x_prefix: Tensor
@@ -30,25 +36,61 @@ class Batch:
     index: Tensor | None = None
     z_long: Tensor | None = None
     teacher_logits: Tensor | None = None
+    teacher_sequence: Tensor | None = None
+    teacher_lengths: Tensor | None = None
+
+
+class StudentRun(NamedTuple):
+    """What the student made of a batch: feature [batch, width], logits [batch, classes], hidden sequence or None."""
+
+    z_short: Tensor
+    logits: Tensor
+    sequence: Tensor | None
 
 
 class Distiller(nn.Module):
     """Base class of the methods: a method is its loss. The student is trained in place and is all that is deployed.
 
+    Most methods add terms to the cross-entropy and write `terms` alone; the loss is then
+    CE + loss_ratio × the sum of weight × term. Others write `loss`.
+
     Attributes:
         student: the network that is trained, a `gdpd.models.Classifier`.
+        loss_ratio: weight r of all terms together.
         warmup_epochs: epochs before the method's own phase; weights of these are not selected.
-        uses_teacher: whether `loss` reads the batch's `z_long` or `teacher_logits`.
+        uses_teacher: whether `loss` reads what the batch holds of the teacher.
+        uses_sequences: whether it reads the hidden sequences of teacher and student.
+        term_weights: the method's own weight of each term, by its name; 1 where there is none.
+        class_weights: weights of the classes in the cross-entropy, [classes]; None for equal ones.
     """
 
     uses_teacher = True
+    uses_sequences = False
+    term_weights: Mapping[str, float] = MappingProxyType({})
+    class_weights: Tensor | None
 
-    def __init__(self, student: Classifier, *, warmup_epochs: int = 0) -> None:
+    def __init__(self, student: Classifier, *, loss_ratio: float = 1.0, warmup_epochs: int = 0) -> None:
         super().__init__()
         if warmup_epochs < 0:
             raise ValueError(f"warmup_epochs={warmup_epochs} is below 0. Give the number of warm-up epochs, or 0.")
         self.student = student
+        self.loss_ratio = loss_ratio
         self.warmup_epochs = warmup_epochs
+        self.register_buffer("class_weights", None, persistent=False)
+
+    def terms(self, batch: Batch, student: StudentRun, epoch: int) -> dict[str, Tensor]:
+        """What the method adds to the cross-entropy: 0-d losses by name, before weighting.
+
+        Args:
+            batch: one step's data.
+            student: what the student made of it, in its one run of this step.
+            epoch: counted from 0.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has to write terms() or loss().")
+
+    def ce_weight(self, epoch: int) -> float:
+        """Weight of the cross-entropy in epoch `epoch`; the term is left out where it is 0."""
+        return 1.0
 
     def prepare(self, teacher: Classifier, z_long: Tensor, y: Tensor) -> None:
         """Take what the method needs of the teacher beside the batches; called once before training.
@@ -66,14 +108,37 @@ class Distiller(nn.Module):
             (loss, parts): the 0-d loss to differentiate, and detached parts by name: 0-d losses before weighting, or
             a vector [batch] or matrix whose distribution is worth a look, such as alpha.
         """
-        raise NotImplementedError
+        run = self.run_student(batch)
+        with span("losses"):
+            ce = self.cross_entropy(run.logits, batch.y)
+            parts = {"ce": ce, **self.terms(batch, run, epoch)}
+            weights = {name: self.loss_ratio * self.term_weights.get(name, 1.0) for name in parts}
+            weights["ce"] = self.ce_weight(epoch)
+            weighted = [weights[name] * part for name, part in parts.items() if weights[name]]
+            total = sum(weighted[1:], weighted[0]) if weighted else 0 * ce
+        return total, {name: part.detach() for name, part in parts.items()}
+
+    def run_student(self, batch: Batch) -> StudentRun:
+        """The student's one run in a step."""
+        with span("student"):
+            found = self.student(batch.x_prefix, batch.lengths, **({"sequence": True} if self.uses_sequences else {}))
+        return StudentRun(found[0], found[1], found[2] if self.uses_sequences else None)
+
+    def cross_entropy(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Mean over the batch of -w_y log p_y, with w the `class_weights`.
+
+        Not divided by the sum of the batch's weights: balanced weights have mean 1 over the training set, so the term
+        keeps its scale beside others, and a series counts the same in whatever batch it comes.
+        """
+        if self.class_weights is None:
+            return F.cross_entropy(logits, y)
+        return F.cross_entropy(logits, y, self.class_weights, reduction="none").mean()
 
     def student_cross_entropy(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The student's feature and logits of a batch, and their cross-entropy: its one run in a step."""
-        with span("student"):
-            z_short, logits = self.student(batch.x_prefix, batch.lengths)
+        z_short, logits, _ = self.run_student(batch)
         with span("losses"):
-            return z_short, logits, F.cross_entropy(logits, batch.y)
+            return z_short, logits, self.cross_entropy(logits, batch.y)
 
     def phase(self, epoch: int) -> str:
         """Name of what the loss depends on beside the batch: in epochs of one phase it is the same function.
@@ -85,6 +150,30 @@ class Distiller(nn.Module):
     def forward(self, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """`loss`, so that wrappers of modules (DDP, autocast) apply to it."""
         return self.loss(batch, epoch)
+
+
+def taught(batch: Batch, name: str, *shape: int | None) -> Tensor:
+    """What the batch holds of the teacher under `name`, after a look at its shape.
+
+    Args:
+        batch: one step's data.
+        name: field of `Batch`, such as "z_long".
+        *shape: sizes after that of the batch; None for any.
+
+    Raises:
+        ValueError: it is None, or of another shape.
+    """
+    value: Tensor | None = getattr(batch, name)
+    expected = (len(batch.y), *shape)
+    told = "[" + ", ".join("any" if size is None else str(size) for size in expected) + "]"
+    if value is None:
+        raise ValueError(f"batch.{name} is None. This method learns from the teacher's: fill in {told}.")
+    fits = value.ndim == len(expected) and all(
+        size in (None, found) for size, found in zip(expected, value.shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"batch.{name} is of shape {tuple(value.shape)}; expected {told}, from this method's teacher.")
+    return value.detach()
 
 
 def hinton_loss(student_logits: Tensor, teacher_logits: Tensor | None, temperature: float) -> Tensor:
@@ -107,5 +196,5 @@ def hinton_loss(student_logits: Tensor, teacher_logits: Tensor | None, temperatu
         )
     with span("losses"):
         log_student = F.log_softmax(student_logits / temperature, dim=1)
-        log_teacher = F.log_softmax(teacher_logits / temperature, dim=1)
+        log_teacher = F.log_softmax(teacher_logits.detach() / temperature, dim=1)
         return temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)

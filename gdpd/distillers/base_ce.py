@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gdpd.distillers.base import Batch, Distiller
+from gdpd.distillers.base import Batch, Distiller, StudentRun
 from gdpd.models import Classifier
 
 
 class Base(Distiller):
-    """Cross-entropy of the student on the prefix; no teacher.
+    """CE(student(x_e), y): cross-entropy of the student on the prefix; no teacher.
 
     Args:
         student: the network to train.
@@ -20,7 +20,6 @@ class Base(Distiller):
     def __init__(self, student: Classifier) -> None:
         super().__init__(student)
 
-    def loss(self, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """CE(student(x_e), y)."""
-        _, _, ce = self.student_cross_entropy(batch)
-        return ce, {"ce": ce.detach()}
+    def terms(self, batch: Batch, student: StudentRun, epoch: int) -> dict[str, Tensor]:
+        """None."""
+        return {}

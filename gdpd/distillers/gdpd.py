@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gdpd_kernels as gk
@@ -84,7 +83,7 @@ class GDPD(Distiller):
         eta: float = 0.0,
         backend: str = "auto",
     ) -> None:
-        super().__init__(student, warmup_epochs=warmup_epochs)
+        super().__init__(student, loss_ratio=loss_ratio, warmup_epochs=warmup_epochs)
         if num_samples < 1:
             raise ValueError(f"num_samples={num_samples} is below 1. It is the number of noise draws per series.")
         width = student.head.in_features
@@ -103,7 +102,6 @@ class GDPD(Distiller):
         self.fusion = NoiseFusion(width, alpha)
         self.proj = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width))
         self.teacher_dim = teacher_dim
-        self.loss_ratio = loss_ratio
         self.hinton = hinton
         self.temperature = temperature
         self.freeze_prior = freeze_prior
@@ -142,7 +140,7 @@ class GDPD(Distiller):
             )  # [batch, A], or [num_samples, batch, A]
         with span("losses"):
             logits = self.student.classify(self.proj(z_hat if samples is None else z_hat.flatten(0, 1)))
-            return F.cross_entropy(logits, y if samples is None else y.repeat(samples)), alpha
+            return self.cross_entropy(logits, y if samples is None else y.repeat(samples)), alpha
 
     def _move_prior(self, moves: bool) -> None:
         """Let the prior learn, or hold it still: parameters and the statistics of its BatchNorms."""

@@ -103,7 +103,7 @@ class GenDD(Distiller):
         num_samples: int = 1,
         backend: str = "auto",
     ) -> None:
-        super().__init__(student, warmup_epochs=warmup_epochs if two_stage else 0)
+        super().__init__(student, loss_ratio=loss_ratio, warmup_epochs=warmup_epochs if two_stage else 0)
         for name, value, known in (("target", target, TARGETS), ("variance", variance, VARIANCES)):
             if value not in known:
                 raise ValueError(f"{name}={value!r} is not known{nearest(value, known)}. One of: {', '.join(known)}.")
@@ -119,7 +119,6 @@ class GenDD(Distiller):
             raise ValueError(f"target={target!r} reads labels, and labelled=False. Use target='none' or 'soft'.")
         if two_stage and not labelled:
             raise ValueError("two_stage=True trains the probe on labels, and labelled=False. Leave one of them out.")
-        self.loss_ratio = loss_ratio
         self.contraction = 0.0 if target == "none" else contraction
         self.target = target
         self.labelled = labelled
@@ -213,7 +212,7 @@ class GenDD(Distiller):
         terms = [self.loss_ratio * loss for loss in losses.values()]
         if self.labelled:
             with span("losses"):
-                losses["ce"] = F.cross_entropy(logits, batch.y)
+                losses["ce"] = self.cross_entropy(logits, batch.y)
         if self.labelled and (not self.two_stage or not learning):
             terms.append(losses["ce"])
         return functools.reduce(torch.add, terms), {name: part.detach() for name, part in losses.items()}
@@ -254,7 +253,7 @@ class GenDD(Distiller):
                 f"batch.z_long is {found}. The head learns teacher features {list(expected)} ([batch, teacher_dim="
                 f"{self.tokens.features}]): fill them in, or give GenDD the teacher's width."
             )
-        return z_long
+        return z_long.detach()
 
     def _move_student(self, moves: bool) -> None:
         """Let the student's features learn, or hold them still: parameters and the statistics of its BatchNorms."""

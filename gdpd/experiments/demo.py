@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from gdpd.experiments.grid import Grid
 from gdpd.experiments.records import find_runs
 from gdpd.experiments.runner import Outcome, run_grid
-from gdpd.experiments.summary import METHOD_NAMES, summarise, table
+from gdpd.experiments.summary import summarise, table
+from gdpd.methods import method_title
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,6 +79,6 @@ def run_demo(folder: Path, *, seeds: int, workers: int, threads: int, console: C
 
 def _line(outcome: Outcome) -> str:
     config = outcome.run.config
-    share, method = f"{100 * config.earliness:g} % read", METHOD_NAMES[config.method]
+    share, method = f"{100 * config.earliness:g} % read", method_title(config.method)
     told = f": {outcome.reason}" if outcome.reason else ""
     return f"{outcome.status:8} {config.dataset}, {share}, {method}, seed {config.seed}{told}"

@@ -75,4 +75,5 @@ class Grid:
 
 def run_name(config: RunConfig) -> str:
     """The name of the folder of a run: dataset, earliness, method and seed, such as `GunPoint-e0.2-gdpd-s1`."""
-    return f"{Path(config.dataset).stem}-e{config.earliness:g}-{config.method}-s{config.seed}"
+    method = config.method.replace(":", ".")  # of package.module:Class; Windows has no colons in names
+    return f"{Path(config.dataset).stem}-e{config.earliness:g}-{method}-s{config.seed}"

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gdpd.experiments.records import RunRecord
+from gdpd.methods import TEACHER, method_order, method_title
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-METHOD_NAMES = {"base": "Base", "kd": "Base-KD", "gdpd": "GDPD", "teacher": "Teacher"}
-TEACHER = "teacher"
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class Row:
     @property
     def title(self) -> str:
         """The method's name as it is written in tables."""
-        return METHOD_NAMES.get(self.method, self.method)
+        return method_title(self.method)
 
 
 @dataclass(frozen=True)
@@ -71,12 +69,6 @@ class Difference:
     baseline: str
     seeds: tuple[int, ...]
     points: Spread
-
-
-def method_order(method: str) -> tuple[int, str]:
-    """Sort key: the teacher, the baselines, then GDPD, then others by name."""
-    known = [TEACHER, "base", "kd", "gdpd"]
-    return (known.index(method) if method in known else len(known), method)
 
 
 def summarise(runs: Iterable[RunRecord]) -> list[Row]:

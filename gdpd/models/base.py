@@ -9,12 +9,14 @@ from torch import Tensor, nn
 class Classifier(nn.Module):
     """Time-series classifier in two parts: ``features`` (the penultimate vector) and ``head`` (one Linear).
 
-    A subclass sets ``self.head`` and writes ``features(x, lengths)``.
+    A subclass sets ``self.head`` and writes ``features(x, lengths)``; one whose feature is pooled over time also writes
+    ``features_and_sequence(x, lengths)``, for methods that compare hidden sequences.
 
     Attributes:
         in_channels: channels of the input.
         num_classes: number of classes C.
         feature_dim: width of the feature, the head's input width.
+        sequence_dim: width of the hidden sequence that the feature is pooled from.
         head: ``nn.Linear(feature_dim, num_classes)``.
     """
 
@@ -32,30 +34,50 @@ class Classifier(nn.Module):
         self.in_channels = in_channels
         self.num_classes = num_classes
         self.feature_dim = feature_dim
+        self.sequence_dim = feature_dim  # pooling over time keeps the width
 
     def features(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Feature ``[batch, feature_dim]`` of series ``x`` ``[batch, in_channels, time]``; checked input."""
         raise NotImplementedError
 
+    def features_and_sequence(self, x: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The feature, and the hidden sequence ``[batch, time, sequence_dim]`` that it is pooled from, of one run.
+
+        The sequence has a step for each of ``x`` and is zero past a series' end. Checked input.
+
+        Raises:
+            ValueError: the network has no such sequence.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has no hidden sequence: it writes features() and no features_and_sequence(). Use a "
+            "method that compares features or logits, or give the network one."
+        )
+
     def classify(self, feature: Tensor) -> Tensor:
         """Logits ``[batch, num_classes]`` of a feature ``[batch, feature_dim]``."""
         return self.head(feature)
 
-    def forward(self, x: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Feature and logits of a batch of series.
+    def forward(self, x: Tensor, lengths: Tensor | None = None, *, sequence: bool = False) -> tuple[Tensor, ...]:
+        """Feature and logits of a batch of series, and with ``sequence`` the hidden sequence of the same run.
 
         Args:
             x: ``[batch, in_channels, time]`` float, zero-padded at the end where series are shorter.
             lengths: int ``[batch]``, valid steps of each series in 1..time; None when all have ``time``. The
                 steps past a series' end do not change its outputs.
+            sequence: return the hidden sequence as well, see :meth:`features_and_sequence`.
 
         Returns:
-            ``(feature [batch, feature_dim], logits [batch, num_classes])``.
+            ``(feature [batch, feature_dim], logits [batch, num_classes])``, with ``sequence`` followed by
+            ``[batch, time, sequence_dim]``.
 
         Raises:
-            ValueError: wrong shape; lengths outside 1..time (checked when ``lengths`` lies on the CPU).
+            ValueError: wrong shape; lengths outside 1..time (checked when ``lengths`` lies on the CPU); ``sequence``
+                of a network that has none.
         """
         self._check_input(x, lengths)
+        if sequence:
+            feature, hidden = self.features_and_sequence(x, lengths)
+            return feature, self.classify(feature), hidden
         feature = self.features(x, lengths)
         return feature, self.classify(feature)
 

@@ -78,10 +78,14 @@ class Inception(Classifier):
 
     def features(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Feature ``[batch, feature_dim]`` of ``x`` ``[batch, in_channels, time]``."""
+        return self.features_and_sequence(x, lengths)[0]
+
+    def features_and_sequence(self, x: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """That feature and the last block's maps, ``[batch, time, feature_dim]``."""
         mask = valid_mask(x, lengths)
         h = start = zero_padding(x, mask)
         for i, block in enumerate(self.blocks):
             h = block(h, mask)
             if i % 3 == 2:
                 h = start = F.relu(h + self.shortcuts[i // 3](start, mask))
-        return global_average(h, mask)
+        return global_average(h, mask), h.transpose(1, 2)

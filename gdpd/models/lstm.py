@@ -159,18 +159,23 @@ class LSTMClassifier(Classifier):
         steps = x.transpose(1, 2)
         if self.pooling == "last" and self.lstm.native(steps):
             return self.lstm.last(steps, lengths=lengths)
-        outputs, _ = self.lstm(steps)  # [batch, time, hidden]
+        return self.features_and_sequence(x, lengths)[0]
+
+    def features_and_sequence(self, x: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """That feature and all outputs of the top layer, ``[batch, time, hidden]``."""
+        outputs, _ = self.lstm(x.transpose(1, 2))
         if lengths is None:
             if self.pooling == "last":
-                return outputs[:, -1]
-            return outputs.mean(dim=1) if self.pooling == "mean" else outputs.amax(dim=1)
+                return outputs[:, -1], outputs
+            return outputs.mean(dim=1) if self.pooling == "mean" else outputs.amax(dim=1), outputs
         lengths = lengths.to(x.device)
-        if self.pooling == "last":
-            return outputs[torch.arange(len(x), device=x.device), lengths - 1]
         valid = (torch.arange(x.shape[2], device=x.device) < lengths.unsqueeze(1)).unsqueeze(2)
+        ended = outputs.where(valid, 0)
+        if self.pooling == "last":
+            return outputs[torch.arange(len(x), device=x.device), lengths - 1], ended
         if self.pooling == "mean":
-            return outputs.where(valid, 0).sum(dim=1) / lengths.unsqueeze(1).to(outputs.dtype)
-        return outputs.where(valid, -torch.inf).amax(dim=1)
+            return ended.sum(dim=1) / lengths.unsqueeze(1).to(outputs.dtype), ended
+        return outputs.where(valid, -torch.inf).amax(dim=1), ended
 
 
 def set_forget_bias(lstm: nn.LSTM, value: float) -> None:

@@ -69,8 +69,12 @@ class ResNet(Classifier):
 
     def features(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Feature ``[batch, widths[-1]]`` of ``x`` ``[batch, in_channels, time]``."""
+        return self.features_and_sequence(x, lengths)[0]
+
+    def features_and_sequence(self, x: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """That feature and the last block's maps, ``[batch, time, widths[-1]]``."""
         mask = valid_mask(x, lengths)
         h = zero_padding(x, mask)
         for block in self.blocks:
             h = block(h, mask)
-        return global_average(h, mask)
+        return global_average(h, mask), h.transpose(1, 2)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gdpd.models.base import Classifier
 
 LAYOUTS = ("channels_first", "channels_last", "flat")
+SEQUENCE_LAYOUTS = ("channels_first", "channels_last")
 
 
 class WrappedClassifier(Classifier):
@@ -29,6 +30,9 @@ class WrappedClassifier(Classifier):
         in_channels: int,
         layout: str,
         pass_lengths: bool,
+        sequence_layer: str | None = None,
+        sequence_layout: str = "channels_first",
+        sequence_dim: int | None = None,
     ) -> None:
         head = module.get_submodule(head_layer)
         if not isinstance(head, nn.Linear):
@@ -39,6 +43,9 @@ class WrappedClassifier(Classifier):
         self.head_layer = head_layer
         self.layout = layout
         self.pass_lengths = pass_lengths
+        self.sequence_layer = sequence_layer
+        self.sequence_layout = sequence_layout
+        self.sequence_dim = self.feature_dim if sequence_dim is None else sequence_dim
         self._checked_modes: set[bool] = set()  # a dropout before the head shows in training mode only
 
     @property
@@ -54,16 +61,50 @@ class WrappedClassifier(Classifier):
         self._check_input(x, lengths)
         return self._run(x, lengths)[0]
 
-    def forward(self, x: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, lengths: Tensor | None = None, *, sequence: bool = False) -> tuple[Tensor, ...]:
         """As :meth:`Classifier.forward`; the user's module runs once, its own return value is not used.
 
         Raises:
             ValueError: wrong shapes; the feature layer or the head did not run exactly once; the head's input is
                 not the feature layer's output (checked at the first forward in training and in eval mode); padded
-                series for a module that takes no lengths.
+                series for a module that takes no lengths; ``sequence`` without a ``sequence_layer``, or with one that
+                puts out something else.
         """
         self._check_input(x, lengths)
-        return self._run(x, lengths)
+        if not sequence:
+            return self._run(x, lengths)
+        if self.sequence_layer is None:
+            raise ValueError(
+                f"this method reads the hidden sequence of {type(self.module).__name__}, and wrap_model was not told "
+                "which layer puts it out: give sequence_layer and sequence_layout"
+            )
+        caught: list[Any] = []
+        layer = self.module.get_submodule(self.sequence_layer)
+        handle = layer.register_forward_hook(lambda _module, _args, output: caught.append(output))
+        try:
+            feature, logits = self._run(x, lengths)
+        finally:
+            handle.remove()
+        return feature, logits, self._one_sequence(caught, x, lengths)
+
+    def _one_sequence(self, caught: list[Any], x: Tensor, lengths: Tensor | None) -> Tensor:
+        layer = f"sequence layer {self.sequence_layer!r}"
+        if len(caught) != 1:
+            raise ValueError(f"{layer} ran {len(caught)} times in one forward; name a layer that runs exactly once")
+        value = caught[0][0] if isinstance(caught[0], tuple) else caught[0]  # an LSTM returns (outputs, states)
+        expected = [len(x), x.shape[2], self.sequence_dim]
+        if isinstance(value, Tensor) and value.ndim == 3 and self.sequence_layout == "channels_first":
+            value = value.transpose(1, 2)
+        if not isinstance(value, Tensor) or list(value.shape) != expected:
+            got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise ValueError(
+                f"{layer}, read as {self.sequence_layout}, gives {got}; expected [batch, time, sequence_dim] = "
+                f"{expected}. Name a layer that keeps all steps, its sequence_layout and its width sequence_dim"
+            )
+        if lengths is None:
+            return value
+        steps = torch.arange(x.shape[2], device=x.device)
+        return value.where((steps < lengths.to(x.device).unsqueeze(1)).unsqueeze(2), 0)
 
     def _run(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         if lengths is not None and not self.pass_lengths and bool((lengths != x.shape[2]).any()):
@@ -137,6 +178,9 @@ def wrap_model(
     in_channels: int = 1,
     layout: str = "channels_first",
     pass_lengths: bool = False,
+    sequence_layer: str | None = None,
+    sequence_layout: str = "channels_first",
+    sequence_dim: int | None = None,
 ) -> WrappedClassifier:
     """Use any network as teacher or student.
 
@@ -152,6 +196,10 @@ def wrap_model(
         layout: what the module takes: ``"channels_first"`` ``[batch, channels, time]``, ``"channels_last"``
             ``[batch, time, channels]``, ``"flat"`` ``[batch, channels × time]``.
         pass_lengths: call ``module(x, lengths)``, lengths int64 ``[batch]`` or None.
+        sequence_layer: dotted name of the layer whose output (of an LSTM: the first of it) is the hidden sequence, one
+            step for each of the input, for methods that compare sequences; None for none.
+        sequence_layout: ``"channels_first"`` ``[batch, width, time]`` or ``"channels_last"`` ``[batch, time, width]``.
+        sequence_dim: that width; the feature's when None.
 
     Returns:
         A :class:`Classifier` with ``feature_dim`` and ``num_classes`` read off the head.
@@ -162,8 +210,15 @@ def wrap_model(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is not one of {', '.join(map(repr, LAYOUTS))}")
+    if sequence_layout not in SEQUENCE_LAYOUTS:
+        told = ", ".join(map(repr, SEQUENCE_LAYOUTS))
+        raise ValueError(f"sequence_layout={sequence_layout!r} is not one of {told}")
     names = _names(module)
-    for kind, name in (("feature_layer", feature_layer), ("head_layer", head_layer)):
+    for kind, name in (
+        ("feature_layer", feature_layer),
+        ("head_layer", head_layer),
+        ("sequence_layer", sequence_layer),
+    ):
         if name is not None and name not in names:
             close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
             hint = f"; close names: {', '.join(close)}" if close else ""
@@ -173,8 +228,9 @@ def wrap_model(
     if head_layer is None:
         head_layer = _linear_after(module, feature_layer)
     return WrappedClassifier(
-        module, feature_layer, head_layer, in_channels=in_channels, layout=layout, pass_lengths=pass_lengths
-    )
+        module, feature_layer, head_layer, in_channels=in_channels, layout=layout, pass_lengths=pass_lengths,
+        sequence_layer=sequence_layer, sequence_layout=sequence_layout, sequence_dim=sequence_dim,
+    )  # fmt: skip
 
 
 def _names(module: nn.Module) -> list[str]:

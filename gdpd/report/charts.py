@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gdpd.experiments.summary import METHOD_NAMES, TEACHER, Difference, Row, method_order
+from gdpd.experiments.summary import Difference, Row
+from gdpd.methods import TEACHER, method_order, method_title
 from gdpd.report.svg import CLASS_COLOURS, GRID, INK, METHOD_COLOURS, MUTED, PAPER, figure, method_colour, to_svg
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def paired_points(name: str, differences: Sequence[Difference]) -> str:
         axes.grid(True, axis="x")
         axes.grid(False, axis="y")
         axes.set_xlabel("AUC-PRC of GDPD minus that of the baseline, in points")
-        named = " and ".join(METHOD_NAMES.get(baseline, baseline) for baseline in baselines)
+        named = " and ".join(map(method_title, baselines))
         return to_svg(made, name, f"AUC-PRC of GDPD minus {named}, one dot per seed")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gdpd.experiments.records import RunRecord
-from gdpd.experiments.summary import method_order
+from gdpd.methods import method_order
 from gdpd.report.charts import Curve, Trajectory
 
 _LARGEST = 400  # teacher features drawn; more make the page heavy and the cloud no clearer

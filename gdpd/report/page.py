@@ -10,15 +10,14 @@ from typing import Any
 from gdpd.config import RunConfig
 from gdpd.experiments.records import RunRecord, find_runs
 from gdpd.experiments.summary import (
-    METHOD_NAMES,
-    TEACHER,
     Row,
     best_methods,
-    method_order,
     paired_differences,
     summarise,
 )
+from gdpd.methods import TEACHER, method_order, method_title
 from gdpd.report import charts, gather
+from gdpd.report.svg import METHOD_COLOURS
 
 
 def build_report(folders: Iterable[Path], output: Path, title: str | None = None) -> Path:
@@ -48,7 +47,7 @@ def build_report(folders: Iterable[Path], output: Path, title: str | None = None
     runs = find_runs(folders)
     rows = summarise(runs)
     methods = sorted({run.method for run in runs}, key=method_order)
-    others = [method for method in methods if method not in METHOD_NAMES]
+    others = [method for method in methods if method not in METHOD_COLOURS]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("gdpd", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -58,7 +57,7 @@ def build_report(folders: Iterable[Path], output: Path, title: str | None = None
         runs=runs,
         blocks=_blocks(rows),
         css_names={method: _css_name(method, others) for method in [*methods, TEACHER]},
-        methods=[(method, METHOD_NAMES.get(method, method), _css_name(method, others)) for method in methods],
+        methods=[(method, method_title(method), _css_name(method, others)) for method in methods],
         has_teacher=any(row.method == TEACHER for row in rows),
         seeds=sorted({run.seed for run in runs}),
         differences=_differences(rows),
@@ -73,11 +72,11 @@ def build_report(folders: Iterable[Path], output: Path, title: str | None = None
 def _title(runs: Sequence[RunRecord], methods: Sequence[str]) -> str:
     datasets = list(dict.fromkeys(run.dataset for run in runs))
     named = " and ".join(datasets) if len(datasets) < 3 else f"{len(datasets)} data sets"
-    return f"{named}: {', '.join(METHOD_NAMES.get(method, method) for method in methods)}"
+    return f"{named}: {', '.join(map(method_title, methods))}"
 
 
 def _css_name(method: str, others: Sequence[str]) -> str:
-    return method if method in METHOD_NAMES else f"other{others.index(method) % 3 + 1}"
+    return method if method in METHOD_COLOURS else f"other{others.index(method) % 3 + 1}"
 
 
 def _blocks(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -103,7 +102,7 @@ def _differences(rows: Sequence[Row]) -> dict[str, Any] | None:
     for name in dict.fromkeys(difference.baseline for difference in found):
         points = [point for difference in found if difference.baseline == name for point in difference.points.values]
         won, mean = sum(point > 0 for point in points), sum(points) / len(points)
-        title = METHOD_NAMES.get(name, name)
+        title = method_title(name)
         baselines.append({"name": name, "title": title, "won": won, "pairs": len(points), "mean": mean})
     return {"baselines": baselines, "chart": charts.paired_points("differences", found)}
 

@@ -75,10 +75,12 @@ def profile(config: RunConfig, *, steps: int = 50, trace: Path | None = None) ->
     with training_context(config) as fabric:
         session = Session(config, prepare_on(fabric, data, config), fabric)
         teacher = build_teacher(session).to(session.prepared.full_train.x)
-        train = TrainingSet(session.prepared.prefix_train, *outputs(teacher, session.prepared.full_train))
-        warmup = build_student(session, teacher.feature_dim).warmup_epochs
+        rehearsed = build_student(session, teacher)
+        known = outputs(teacher, session.prepared.full_train, sequence=rehearsed.uses_sequences)
+        train = TrainingSet.taught(session.prepared, known)
+        warmup = rehearsed.warmup_epochs
         for epoch in (0, warmup) if warmup else (0,):
-            distiller = build_student(session, teacher.feature_dim)
+            distiller = build_student(session, teacher)
             name = distiller.phase(epoch)
             path = None
             if trace is not None:

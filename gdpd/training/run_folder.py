@@ -143,7 +143,7 @@ def evaluate(folder: str | Path, *, data_dir: str | Path | None = None) -> dict[
         teacher = load_teacher(session, folder, teacher_key(config, session.prepared.digest))
         if teacher is None:
             raise FileNotFoundError(f"{folder} holds no sound teacher.safetensors and teacher.json. Run it again.")
-        student = build_student(session, teacher.model.feature_dim).student
+        student = build_student(session, teacher.model).student
         student.load_state_dict(
             read_tensors(folder / "student.safetensors", read_json(folder / "metrics.json")["student_sha256"])
         )

@@ -88,8 +88,10 @@ def build_teacher(session: Session, candidate: int = 0) -> Classifier:
     return session.build(config.teacher_model, config.teacher_options, "teacher", candidate)
 
 
-def build_student(session: Session, teacher_dim: int) -> Distiller:
+def build_student(session: Session, teacher: Classifier) -> Distiller:
     """The student inside its method. Its first weights depend on the seed alone, so methods start from the same ones.
+
+    Of the teacher only the widths matter.
 
     Raises:
         ValueError: unknown network, method or option; widths that cannot meet.
@@ -97,8 +99,18 @@ def build_student(session: Session, teacher_dim: int) -> Distiller:
     config = session.config
     student = session.build(config.student_model, config.student_options, "student")
     torch.manual_seed(derived_seed(config.seed, "method"))
-    shared = {**config.to_dict(), "warmup_epochs": config.warmup}
-    return build_distiller(config.method, student, teacher_dim, shared, **config.method_options)
+    shared = {**config.to_dict(), "warmup_epochs": config.warmup, "teacher_sequence_dim": teacher.sequence_dim}
+    distiller = build_distiller(config.method, student, teacher.feature_dim, shared, **config.method_options)
+    distiller.class_weights = _class_weights(session)
+    return distiller
+
+
+def _class_weights(session: Session) -> Tensor | None:
+    """Weights of the classes in every cross-entropy of the run, [classes]; None where all count the same."""
+    if session.config.class_weight == "none":
+        return None
+    y, classes = session.prepared.full_train.y, session.prepared.num_classes
+    return len(y) / (classes * torch.bincount(y, minlength=classes).clamp(min=1).to(torch.float32))
 
 
 def rehearse(session: Session) -> None:
@@ -110,7 +122,7 @@ def rehearse(session: Session) -> None:
     """
     config, prepared = session.config, session.prepared
     teacher = build_teacher(session)
-    distiller = build_student(session, teacher.feature_dim)
+    distiller = build_student(session, teacher)
     smallest = min(config.batch_size, len(prepared.prefix_train)) // session.fabric.world_size
     for role, module in (("teacher", teacher), ("student or its method", distiller)):
         if smallest < 2 and any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in module.modules()):
@@ -126,7 +138,10 @@ def rehearse(session: Session) -> None:
     built = copy.deepcopy(distiller.state_dict())
     with torch.no_grad(), session.fabric.autocast():
         full, prefix = (TrainingSet(series).batch(rows) for series in (prepared.full_train, prepared.prefix_train))
-        prefix.z_long, prefix.teacher_logits = teacher(full.x_prefix, full.lengths)
+        known = teacher(full.x_prefix, full.lengths, **({"sequence": True} if distiller.uses_sequences else {}))
+        prefix.z_long, prefix.teacher_logits, *further = known
+        if distiller.uses_sequences:
+            prefix.teacher_sequence, prefix.teacher_lengths = further[0], full.lengths
         distiller.prepare(teacher, prefix.z_long, prefix.y)
         for epoch in (0, distiller.warmup_epochs):
             distiller.loss(prefix, epoch)
@@ -163,6 +178,7 @@ def train_teacher(session: Session) -> Teacher:
 def _train_candidate(session: Session, candidate: int) -> Teacher:
     config, prepared = session.config, session.prepared
     distiller = Base(build_teacher(session, candidate))
+    distiller.class_weights = _class_weights(session)
     selection = Selection("best_val", config.teacher_epochs, metric=config.selection_metric)
     session.fit(
         distiller,
@@ -249,7 +265,7 @@ def tell_if_below_student(config: RunConfig, name: str, teacher: Teacher, studen
 def train_student(session: Session, teacher: Teacher | None) -> tuple[Distiller, Selection]:
     """Stage two: the student on prefixes, by the run's method.
 
-    The teacher's features and logits are computed once, before the first epoch.
+    What the method asks of the teacher, hidden sequences among it, is computed once, before the first epoch.
 
     Returns:
         The distiller as it was after the last epoch, and the selection that holds the student's kept weights.
@@ -257,15 +273,18 @@ def train_student(session: Session, teacher: Teacher | None) -> tuple[Distiller,
     config, prepared = session.config, session.prepared
     distiller, session.rehearsed = session.rehearsed, None
     if distiller is None:
-        width = build_teacher(session).feature_dim if teacher is None else teacher.model.feature_dim
-        distiller = build_student(session, width)
-    known: tuple[Tensor, ...] = ()
+        distiller = build_student(session, build_teacher(session) if teacher is None else teacher.model)
+    train = TrainingSet(prepared.prefix_train)
     if teacher is not None and distiller.uses_teacher:
         known = teacher_outputs(
-            teacher.model, prepared.full_train, limit=config.teacher_memory * 2**20, home=session.teacher_home
+            teacher.model,
+            prepared.full_train,
+            limit=config.teacher_memory * 2**20,
+            home=session.teacher_home,
+            sequence=distiller.uses_sequences,
         )
         distiller.prepare(teacher.model, known[0], prepared.full_train.y)
-    train = TrainingSet(prepared.prefix_train, *known)
+        train = TrainingSet.taught(prepared, known)
     selection = Selection(
         config.selection,
         config.epochs,

@@ -17,7 +17,7 @@ _OPTIONS = (
     "seed", "validation_fraction", "normalisation", "teacher_model", "teacher_options", "teacher_epochs",
     "teacher_candidates", "teacher_retries", "batch_size", "learning_rate", "weight_decay", "lr_schedule",
     "lr_milestones", "lr_gamma", "gradient_clip", "selection_metric", "accelerator", "devices", "precision",
-    "flush_denormal", "graph_step",
+    "flush_denormal", "graph_step", "class_weight",
 )  # fmt: skip
 
 

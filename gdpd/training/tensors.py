@@ -43,11 +43,22 @@ class TrainingSet:
         series: what the network under training reads.
         z_long: teacher features [n, teacher_dim], computed once; None for a teacher's own training.
         teacher_logits: [n, classes]; likewise.
+        teacher_sequence: [n, full time, teacher_sequence_dim]; None where the method does not ask for it.
+        teacher_lengths: int64 [n], steps of the full series; None when all have `full time`.
     """
 
     series: Series
     z_long: Tensor | None = None
     teacher_logits: Tensor | None = None
+    teacher_sequence: Tensor | None = None
+    teacher_lengths: Tensor | None = None
+
+    @classmethod
+    def taught(cls, prepared: Prepared, known: tuple[Tensor, ...]) -> TrainingSet:
+        """The training prefixes, with what `outputs` made of the full series: features, logits, maybe sequences."""
+        z_long, logits, *sequence = known
+        lengths = prepared.full_train.lengths
+        return cls(prepared.prefix_train, z_long, logits, *((sequence[0], lengths) if sequence else ()))
 
     def __len__(self) -> int:
         return len(self.series)
@@ -58,18 +69,22 @@ class TrainingSet:
         device = series.x.device
         placed = index.to(device)
 
-        def rows(values: Tensor) -> Tensor:
+        def rows(values: Tensor | None) -> Tensor | None:
+            if values is None:
+                return None
             if values.device == device:
                 return values.index_select(0, placed)
             return values.index_select(0, index.to(values.device)).to(device)  # large teacher outputs stay on the host
 
         return Batch(
-            x_prefix=rows(series.x),
-            y=rows(series.y),
-            lengths=None if series.lengths is None else rows(series.lengths),
+            x_prefix=series.x.index_select(0, placed),
+            y=series.y.index_select(0, placed),
+            lengths=rows(series.lengths),
             index=placed,
-            z_long=None if self.z_long is None else rows(self.z_long),
-            teacher_logits=None if self.teacher_logits is None else rows(self.teacher_logits),
+            z_long=rows(self.z_long),
+            teacher_logits=rows(self.teacher_logits),
+            teacher_sequence=rows(self.teacher_sequence),
+            teacher_lengths=rows(self.teacher_lengths),
         )
 
 
@@ -171,17 +186,19 @@ def batches(n: int, batch_size: int, generator: torch.Generator, *, least: int =
 
 
 @torch.no_grad()
-def outputs(model: Classifier, series: Series, batch_size: int = 256) -> tuple[Tensor, Tensor]:
-    """Features [n, feature_dim] and logits [n, classes] of every series, in eval mode; the mode is put back."""
+def outputs(model: Classifier, series: Series, batch_size: int = 256, *, sequence: bool = False) -> tuple[Tensor, ...]:
+    """Features [n, feature_dim] and logits [n, classes] of every series, in eval mode; the mode is put back.
+
+    With `sequence`, the hidden sequences [n, time, sequence_dim] as well.
+    """
     was_training = model.training
     model.eval()
     parts = []
     for rows in torch.arange(len(series), device=series.y.device).split(batch_size):
         lengths = None if series.lengths is None else series.lengths[rows]
-        parts.append(model(series.x[rows], lengths))
+        parts.append(model(series.x[rows], lengths, **({"sequence": True} if sequence else {})))
     model.train(was_training)
-    features, logits = zip(*parts, strict=True)
-    return _at_least_float32(torch.cat(features)), _at_least_float32(torch.cat(logits))
+    return tuple(_at_least_float32(torch.cat(part)) for part in zip(*parts, strict=True))
 
 
 def _at_least_float32(values: Tensor) -> Tensor:

@@ -96,6 +96,40 @@ def test_full_lengths_are_the_same_as_no_lengths_and_a_padded_row_as_the_row_alo
     torch.testing.assert_close(padded[1:2], model(x[1:2, :, :5])[1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("lengths", [None, torch.tensor([12, 5, 8])])
+@pytest.mark.parametrize("name", [*SMALL, "lstm-mean", "lstm-max"])
+def test_the_hidden_sequence_comes_of_the_same_run_and_is_zero_past_the_end(
+    name: str, lengths: torch.Tensor | None
+) -> None:
+    torch.manual_seed(1)
+    family, _, pooling = name.partition("-")
+    options = {**SMALL[family], **({"pooling": pooling} if pooling else {})}
+    model = build_model(family, in_channels=2, num_classes=3, **options).double().eval()
+    x = torch.randn(3, 2, 12, dtype=torch.float64)
+    feature, logits, sequence = model(x, lengths, sequence=True)
+    torch.testing.assert_close((feature, logits), model(x, lengths))
+    assert sequence.shape == (3, 12, model.sequence_dim)
+    for i, end in enumerate([12, 12, 12] if lengths is None else lengths.tolist()):
+        assert not sequence[i, end:].any()
+        steps = sequence[i, :end]
+        if family == "lstm":
+            pooled = {"": steps[-1], "mean": steps.mean(0), "max": steps.amax(0)}[pooling]
+        else:
+            pooled = steps.mean(0)
+        torch.testing.assert_close(feature[i], pooled)
+
+
+def test_a_network_without_a_sequence_says_so() -> None:
+    class Flat(Classifier):
+        """Features alone."""
+
+        def features(self, x: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+            return x.mean(2)
+
+    with pytest.raises(ValueError, match=r"Flat has no hidden sequence.*features_and_sequence"):
+        Flat(2, 3, 2)(torch.randn(1, 2, 4), sequence=True)
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_training_one_step_moves_every_parameter(name: str) -> None:
     torch.manual_seed(0)

@@ -54,6 +54,39 @@ def test_feature_and_logits_are_those_inside_the_users_network() -> None:
     torch.testing.assert_close(model.features(x), feature)
 
 
+def test_the_hidden_sequence_is_that_of_the_layer_that_was_named() -> None:
+    torch.manual_seed(0)
+    net, x = Net(), torch.randn(4, 2, 10)
+    feature, logits, sequence = wrap_model(net, "pool", in_channels=2, sequence_layer="conv")(x, sequence=True)
+    torch.testing.assert_close(sequence, net.conv(x).transpose(1, 2))
+    torch.testing.assert_close((feature, logits), wrap_model(net, "pool", in_channels=2)(x))
+    lengths = torch.tensor([10, 4, 1, 7])
+    lstm = LengthNet()
+    model = wrap_model(
+        lstm, "feature", in_channels=2, layout="channels_last", pass_lengths=True, sequence_layer="lstm",
+        sequence_layout="channels_last",
+    )  # fmt: skip
+    sequence = model(x, lengths, sequence=True)[2]
+    expected = lstm.lstm(x.transpose(1, 2))[0]
+    for i, end in enumerate(lengths.tolist()):
+        torch.testing.assert_close(sequence[i, :end], expected[i, :end])
+        assert not sequence[i, end:].any()
+
+
+def test_a_sequence_that_is_not_named_or_of_another_form_is_refused() -> None:
+    x = torch.randn(4, 2, 10)
+    with pytest.raises(ValueError, match=r"reads the hidden sequence of Net.*give sequence_layer"):
+        wrap_model(Net(), "pool", in_channels=2)(x, sequence=True)
+    with pytest.raises(ValueError, match=r"'pool', read as channels_first, gives shape \[4, 1, 6\]; expected.*10, 6\]"):
+        wrap_model(Net(), "pool", in_channels=2, sequence_layer="pool")(x, sequence=True)
+    with pytest.raises(ValueError, match=r"expected.*\[4, 10, 5\]"):
+        wrap_model(Net(), "pool", in_channels=2, sequence_layer="conv", sequence_dim=5)(x, sequence=True)
+    with pytest.raises(ValueError, match="sequence_layer='convs' is not a layer of Net; close names: conv"):
+        wrap_model(Net(), "pool", in_channels=2, sequence_layer="convs")
+    with pytest.raises(ValueError, match="sequence_layout='flat' is not one of"):
+        wrap_model(Net(), "pool", in_channels=2, sequence_layer="conv", sequence_layout="flat")
+
+
 def test_gradients_reach_the_users_parameters_through_both_outputs() -> None:
     net = Net()
     feature, logits = wrap_model(net, "before", in_channels=2)(torch.randn(4, 2, 10))

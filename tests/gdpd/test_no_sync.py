@@ -11,21 +11,22 @@ import torch
 from torch import Tensor
 
 import toy
-from gdpd.distillers import Base, Batch, Distiller, build_distiller
-from gdpd.models import LSTM, build_model
+from gdpd.distillers import Base, Batch, Distiller, build_distiller, distiller_names
+from gdpd.models import LSTM, Classifier, build_model
 from gdpd.training import graph, run
 from gdpd.training.run_folder import training_context
 from gdpd.training.step import TrainingStep
 from gdpd_kernels import arguments, functional
 from no_sync import HostSync, no_sync
 
-ROWS, STEPS, WIDTH, TEACHER = 6, 10, 8, 12
+ROWS, STEPS, FULL, WIDTH, TEACHER = 6, 10, 14, 8, 12
 
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's LSTM runs; ranges of values are not looked at, see `test_values_are_not_looked_at_off_the_cpu`."""
     monkeypatch.setattr(LSTM, "native", lambda *_: False)
+    monkeypatch.setattr(Classifier, "_check_input", lambda *_: None)  # looks at lengths on the CPU alone
     for module in (arguments, functional):
         monkeypatch.setattr(module, "check_range", lambda *_: None)
 
@@ -39,6 +40,8 @@ def batch(seed: int, lengths: bool = False) -> Batch:
         lengths=torch.full((ROWS,), STEPS) if lengths else None,
         z_long=torch.randn(ROWS, TEACHER, generator=generator),
         teacher_logits=torch.randn(ROWS, 2, generator=generator),
+        teacher_sequence=torch.randn(ROWS, FULL, TEACHER, generator=generator),
+        teacher_lengths=torch.full((ROWS,), FULL) if lengths else None,
     )
 
 
@@ -53,9 +56,8 @@ def distiller(method: str, **options: Any) -> Distiller:
 
 
 CASES: list[tuple[str, dict[str, Any]]] = [
-    ("base", {}),
-    ("kd", {}),
-    ("gdpd", {}),
+    *((name, {}) for name in distiller_names()),
+    ("fits", {"align": "steps", "schedule": "joint", "lengths": True}),
     ("gdpd", {"freeze_prior": True, "num_samples": 2, "eta": 0.5}),
     ("gdpd", {"denoiser": "mlp", "alpha": "per_dimension"}),
     ("gendd", {"hidden": 16, "repeats": 2}),
@@ -69,13 +71,15 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("method", "options"), CASES, ids=lambda value: value if isinstance(value, str) else "-".join(value)
 )
 def test_a_step_never_waits_and_has_static_shapes(method: str, options: dict[str, Any], epoch: int) -> None:
+    options = dict(options)
+    lengths = options.pop("lengths", False)
     with training_context(toy.config()) as fabric:
         step = TrainingStep(distiller(method, **options), toy.config(), fabric, graphed=True)
         for seed in range(2):
-            step(batch(seed), epoch)  # what is made once: the capture of the denoiser, Adam's averages
+            step(batch(seed, lengths), epoch)  # what is made once: the capture of the denoiser, Adam's averages
         ran = []
         for seed in (2, 3):
-            given = batch(seed)
+            given = batch(seed, lengths)
             with no_sync() as operators:
                 step.set_learning_rate(0.1 / (1 + seed))
                 step(given, epoch)

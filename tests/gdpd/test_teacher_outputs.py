@@ -21,9 +21,9 @@ class Counted:
         monkeypatch.setattr(teacher_outputs, "outputs", self)
         teacher_outputs._kept.clear()
 
-    def __call__(self, model: Classifier, series: Series) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, model: Classifier, series: Series, **asked: bool) -> tuple[torch.Tensor, ...]:
         self.times += 1
-        return outputs(model, series)
+        return outputs(model, series, **asked)
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def series(n: int = 20, seed: int = 0) -> Series:
     return Series(torch.randn(n, 1, 9, generator=generator), torch.arange(n) % 2)
 
 
-def known(model: Classifier, given: Series, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+def known(model: Classifier, given: Series, **options: object) -> tuple[torch.Tensor, ...]:
     return teacher_outputs.teacher_outputs(model, given, **{"limit": 2**20, **options})  # type: ignore[arg-type]
 
 
@@ -90,6 +90,28 @@ def test_what_is_large_is_mapped_from_a_file_with_the_same_numbers(
     assert batch.z_long is not None
     assert torch.equal(batch.z_long, exact[0][[4999, 3]])
     assert [path.suffix for path in tmp_path.rglob("*.*")] == ([".bin"] if shared else [])
+
+
+@pytest.mark.parametrize("limit", [2**20, 0])
+def test_hidden_sequences_are_kept_or_mapped_beside_features_that_others_asked_for(
+    counted: Counted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    monkeypatch.setattr(teacher_outputs, "_PART", 1000)  # bytes: a row has (6 + 2 + 9 × 6) × 4 = 248
+    given = series()
+    exact = outputs(teacher(), given, sequence=True)
+    assert exact[2].shape == (20, 9, 6)
+    without = known(teacher(), given, limit=limit, home=tmp_path)
+    assert len(without) == 2
+    before = counted.times
+    for _ in range(2):
+        found = known(teacher(), given, limit=limit, home=tmp_path, sequence=True)
+        assert all(torch.equal(a, b) for a, b in zip(found, exact, strict=True))
+    assert counted.times == before + (1 if limit else 5)
+    assert len(list(tmp_path.iterdir())) == (0 if limit else 2)
+    batch = TrainingSet(given, *found).batch(torch.tensor([19, 3]))
+    assert batch.teacher_sequence is not None
+    assert torch.equal(batch.teacher_sequence, exact[2][[19, 3]])
+    assert batch.teacher_lengths is None
 
 
 def test_a_file_of_the_wrong_size_is_written_again(counted: Counted, tmp_path: Path) -> None:

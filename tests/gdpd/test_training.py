@@ -232,7 +232,7 @@ def test_methods_share_one_teacher_and_one_first_student(
     for method in ("base", "kd", "gdpd"):
         with training_context(config) as fabric:
             session = Session(config.replace(method=method), prepare(data, config), fabric)
-            first[method] = stages.build_student(session, 12).student.state_dict()
+            first[method] = stages.build_student(session, stages.build_teacher(session)).student.state_dict()
     for method in ("kd", "gdpd"):
         assert all(torch.equal(value, first["base"][name]) for name, value in first[method].items())
 
