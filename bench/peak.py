@@ -49,13 +49,13 @@ double multiply_adds(long iterations) {  /* returns operations done; the sum kee
 double bf16_dots(long iterations) {
   __m512 a[CHAINS];
   __m512bh x = (__m512bh)_mm512_set1_epi32(0x3e803e80), y = (__m512bh)_mm512_set1_epi32(0x3c003c00);
+#pragma GCC unroll 12  /* every loop over a: one left as a loop keeps it in memory */
   for (int j = 0; j < CHAINS; ++j) a[j] = _mm512_set1_ps((float)j);
   for (long n = 0; n < iterations; ++n)
-    for (int j = 0; j < CHAINS; ++j) {
-      a[j] = _mm512_dpbf16_ps(a[j], x, y);
-      __asm__ volatile("" : "+v"(a[j]));
-    }
+#pragma GCC unroll 12
+    for (int j = 0; j < CHAINS; ++j) a[j] = _mm512_dpbf16_ps(a[j], x, y);
   float sum = 0;
+#pragma GCC unroll 12
   for (int j = 0; j < CHAINS; ++j) sum += _mm512_reduce_add_ps(a[j]);
   return sum > 1e30f ? 0 : 2.0 * CHAINS * 32 * (double)iterations;
 }

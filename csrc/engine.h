@@ -86,7 +86,7 @@ struct Engine {
     const bool runs_forward = !backward || !saves_values();
     for (int p = 0; p < n_params; ++p) {
       const Param& param = plan.params[p];
-      T* forward_copy = param.matrix && runs_forward ? cursor.template take<T>(param.size() + param.rows + L) : nullptr;
+      T* forward_copy = param.matrix && runs_forward ? cursor.template take<T>(param.size() + param.rows) : nullptr;
       T* backward_copy = param.matrix && backward && call.bf16 ? cursor.template take<T>(param.size() + param.cols) : nullptr;
       if (!base) continue;
       packed[p] = forward_copy;

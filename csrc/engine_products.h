@@ -1,66 +1,61 @@
 // Part of Engine: the three products of a linear layer, in the state's precision or on bfloat16 operands.
 
-  // Weights in the order in which the kernels read them, once per call; threads share the work.
+  // Weights in the order in which the kernels read them, once per call; each thread packs its blocks of every matrix.
   void pack(const Local& l) const {
     for (int p = 0; p < int(plan.params.size()); ++p) {
       const Param& w = plan.params[p];
-      if (!w.matrix || p % l.threads != l.thread) continue;
+      if (!w.matrix) continue;
       const T* source = static_cast<const T*>(call.params[p]);
+      const RowBlocks<NV> blocks(w.rows);
+      const int first = blocks.count * l.thread / l.threads, last = blocks.count * (l.thread + 1) / l.threads;
+      for (int b = first; b < last && packed[p]; ++b)
+        pack_forward(source + long(blocks.start(b)) * w.cols, w.cols, blocks.start(b), blocks.rows(b), packed[p]);
       if constexpr (std::is_same<T, float>::value) {
-        if (call.bf16) {
-          pack_bf16(source, w, packed[p], backward ? const_cast<T*>(plain[p]) : nullptr);
-          continue;
-        }
+        const long half = (w.rows + 1) / 2, from = half * l.thread / l.threads, to = half * (l.thread + 1) / l.threads;
+        if (backward && call.bf16) pack_backward(source, w, from, to, const_cast<T*>(plain[p]));
       }
-      if (packed[p]) pack_rows<T, NV>(source, w.cols, w.rows, w.cols, packed[p]);
     }
+  }
+
+  void pack_forward(const T* w, long cols, int start, int rows, T* to) const {
+    if constexpr (std::is_same<T, float>::value) {
+      if (call.bf16) {
+        pack_forward_bf16(w, cols, start, rows, to);
+        return;
+      }
+    }
+    pack_block([=](int i, long l, long n) { return load_up_to(w + i * cols + l, n); }, rows, cols, to + start * cols);
   }
 
 #ifdef GK_BF16
   using LowProduct = Pairs;
-  static void pack_bf16(const float* w, const Param& shape, float* forward_copy, float* backward_copy) {
-    const long half = (shape.cols + 1) / 2;
-    if (forward_copy)  // pairs along the input, then blocks as for floats
-      pack_pairs(w, shape, forward_copy, half);
-    if (backward_copy)  // pairs along the output
-      for (long j = 0; j < shape.rows; j += 2)
-        for (long k = 0; k < shape.cols; ++k)
-          backward_copy[j / 2 * shape.cols + k] =
-              pair(w[j * shape.cols + k], j + 1 < shape.rows ? w[(j + 1) * shape.cols + k] : 0.0f);
+  // Pairs along the input.
+  static void pack_forward_bf16(const float* w, long cols, int start, int rows, float* to) {
+    const long half = (cols + 1) / 2;
+    const auto pairs = [=](int i, long l, long n) {
+      const float* at = w + i * cols + 2 * l;
+      const long left = cols - 2 * l < 2 * n ? cols - 2 * l : 2 * n;
+      const V<float> low = load_up_to(at, left < L ? left : L);
+      const V<float> high = left > L ? load_up_to(at + L, left - L) : V<float>{};
+      return V<float>((__m512)(__m512i)_mm512_cvtne2ps_pbh(__m512(high), __m512(low)));
+    };
+    pack_block(pairs, rows, half, to + start * half);
   }
-  static void pack_pairs(const float* w, const Param& shape, float* out, long half) {
-    const int blocks = (shape.rows + kMaxRows<NV> - 1) / kMaxRows<NV>;
-    const int base = shape.rows / blocks, longer = shape.rows % blocks;
-    for (int b = 0, first = 0; b < blocks; ++b) {
-      const int n = base + (b < longer);
-      for (long l = 0; l < half; ++l)
-        for (int i = 0; i < n; ++i) {
-          const float* row = w + long(first + i) * shape.cols;
-          out[first * half + l * n + i] = pair(row[2 * l], 2 * l + 1 < shape.cols ? row[2 * l + 1] : 0.0f);
-        }
-      first += n;
-    }
-  }
-  static float pair(float low, float high) {
-    const V<float> both = {low, high};
-    const V<float> rounded = round_bf16(both);
-    uint32_t bits[2];
-    const float parts[2] = {rounded[0], rounded[1]};
-    __builtin_memcpy(bits, parts, 8);
-    const uint32_t word = bits[1] | (bits[0] >> 16);
-    float out;
-    __builtin_memcpy(&out, &word, 4);
-    return out;
+  // Pairs along the output, of these pairs of rows.
+  static void pack_backward(const float* w, const Param& shape, long from, long to, float* out) {
+    const long cols = shape.cols, rows = shape.rows < 2 * to ? shape.rows : 2 * to;
+    pair_rows(w + 2 * from * cols, cols, rows - 2 * from, int(cols), out + from * cols, cols);
   }
 #else
   // Without bfloat16 products: operands rounded, multiplied as floats. The same results up to the order of sums.
   using LowProduct = Plain<float>;
-  static void pack_bf16(const float* w, const Param& shape, float* forward_copy, float* backward_copy) {
-    if (forward_copy) {
-      pack_rows<float, NV>(w, shape.cols, shape.rows, shape.cols, forward_copy);
-      round_bf16(forward_copy, shape.size(), forward_copy);
-    }
-    if (backward_copy) round_bf16(w, shape.size(), backward_copy);
+  static void pack_forward_bf16(const float* w, long cols, int start, int rows, float* to) {
+    const auto rounded = [=](int i, long l, long n) { return round_bf16(load_up_to(w + i * cols + l, n)); };
+    pack_block(rounded, rows, cols, to + start * cols);
+  }
+  static void pack_backward(const float* w, const Param& shape, long from, long to, float* out) {
+    const long cols = shape.cols, rows = shape.rows < 2 * to ? shape.rows : 2 * to;
+    round_bf16(w + 2 * from * cols, (rows - 2 * from) * cols, out + 2 * from * cols);
   }
 #endif
 

@@ -61,6 +61,16 @@ __attribute__((noinline)) void gemm_kernel(const T* coef, long sl, long depth, c
 template <int NV>
 constexpr int kMaxRows = GK_ACCUMULATORS / NV;
 
+// The rows of a product, in blocks that differ by at most one row, so that none is left with too few accumulators to
+// hide the latency of the multiply-add.
+template <int NV>
+struct RowBlocks {
+  int count, base, longer;
+  explicit RowBlocks(int m) : count((m + kMaxRows<NV> - 1) / kMaxRows<NV>), base(m / count), longer(m % count) {}
+  int rows(int b) const { return base + (b < longer); }
+  int start(int b) const { return b * base + (b < longer ? b : longer); }
+};
+
 template <class T, class Product, int NV>
 struct Gemm {
   using Kernel = void (*)(const T*, long, long, const T*, long, T*, long, int, const T*);
@@ -72,51 +82,50 @@ struct Gemm {
   }
   static GK_INLINE Kernel kernel(int rows) { return pick(rows, std::make_integer_sequence<int, kMaxRows<NV>>{}); }
 
-  // All of y [m][NV vectors]. Blocks differ by at most one row, so none is left with too few accumulators to hide the
-  // latency of the multiply-add. packed: block b starts at coef + start · depth with sl = its rows; else unit stride.
+  // All of y [m][NV vectors]. packed: block b starts at coef + start · depth with sl = its rows; else unit stride.
   static void run(const T* coef, long sl, bool packed, int m, long depth, const T* x, long ldx, T* y, long ldy,
                   int init, const T* bias) {
-    const int blocks = (m + kMaxRows<NV> - 1) / kMaxRows<NV>;
-    const int base = m / blocks, longer = m % blocks;
-    int start = 0;
-    for (int b = 0; b < blocks; ++b) {
-      const int rows = base + (b < longer);
+    const RowBlocks<NV> blocks(m);
+    for (int b = 0; b < blocks.count; ++b) {
+      const int start = blocks.start(b), rows = blocks.rows(b);
       const T* c = packed ? coef + start * depth : coef + start;
       kernel(rows)(c, packed ? rows : sl, depth, x, ldx, y + start * ldy, ldy, init, bias ? bias + start : nullptr);
-      start += rows;
     }
   }
 };
 
-// packed[block][l][i] = w[(start + i) * ld + l]: the coefficients of a block in the order in which they are used.
-// Whole vectors are stored in the order of l, each covered by the next where it is longer than a block has rows: the
-// buffer needs one vector of room at its end.
-template <class T, int NV>
-void pack_rows(const T* w, long ld, int m, long depth, T* packed) {
+// packed[l][i] = element l of row i, for the rows of one block: its coefficients in the order in which they are used.
+// part(i, l, n) is n elements of row i from the l-th on, n lanes at most. Whole vectors are stored in the order of l,
+// each covered by the next where it is longer than the block has rows; none beyond the block.
+template <class T, class Part>
+void pack_block(Part part, int rows, long depth, T* packed) {
   constexpr int L = kLanes<T>;
-  const int blocks = (m + kMaxRows<NV> - 1) / kMaxRows<NV>;
-  const int base = m / blocks, longer = m % blocks;
-  int start = 0;
-  for (int b = 0; b < blocks; ++b) {
-    const int rows = base + (b < longer);
-    T* to = packed + start * depth;
-    if (rows > L) {
-      transpose(w + start * ld, ld, rows, depth, to, rows);
-    } else {
-      long l = 0;
-      for (; l + L <= depth; l += L) {
-        V<T> v[L];
+  const T* const end = packed + rows * depth;
+  for (long l = 0; l < depth; l += L) {
+    const long n = depth - l < L ? depth - l : L;
+    for (int first = 0; first < rows; first += L) {
+      const int here = rows - first < L ? rows - first : L;
+      V<T> v[L];
 #pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) v[i] = load(w + (start + (i < rows ? i : rows - 1)) * ld + l);
-        transpose_registers<T>(v);
+      for (int i = 0; i < L; ++i) v[i] = part(first + (i < here ? i : here - 1), l, n);
+      transpose_registers<T>(v);
+      T* to = packed + l * rows + first;
 #pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) store(to + (l + i) * rows, v[i]);
+      for (int i = 0; i < L; ++i, to += rows) {
+        if (i >= n) continue;
+        if (here == L || (rows <= L && to + L <= end))
+          store(to, v[i]);
+        else
+          store_first(to, v[i], here);
       }
-      for (; l < depth; ++l)
-        for (int i = 0; i < rows; ++i) to[l * rows + i] = w[(start + i) * ld + l];
     }
-    start += rows;
   }
+}
+
+// n elements from p on, n lanes at most; the other lanes are zero.
+template <class T>
+GK_INLINE V<T> load_up_to(const T* p, long n) {
+  return n == kLanes<T> ? load(p) : load_first(p, n);
 }
 
 #define GK_ROUND_UP(n, to) (((n) + (to) - 1) / (to) * (to))
@@ -143,17 +152,28 @@ inline void round_bf16(const float* x, long n, float* out) {
 }
 
 #ifdef GK_BF16
-// words[l/2][n] = (bf16 x[l][n], bf16 x[l + 1][n]), the even one in the low half; n a multiple of the lanes.
-// The instruction rounds to nearest even and takes subnormals for zero, as the products do.
-inline void pair_rows(const float* x, long ld, long depth, int n, float* words, long ld_words) {
+// (bf16 low, bf16 high) in 32-bit words, the first in the low half. The instruction rounds to nearest even and takes
+// subnormals for zero, as the products do.
+GK_INLINE V<float> pair_up(V<float> low, V<float> high) {
   alignas(64) static constexpr uint16_t kInterleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                            8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512i order = _mm512_load_si512(kInterleave);
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(__m512(high), __m512(low));
+  return V<float>((__m512)_mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), both));
+}
+
+// words[l/2][n] = (bf16 x[l][n], bf16 x[l + 1][n])
+inline void pair_rows(const float* x, long ld, long depth, int n, float* words, long ld_words) {
   for (long l = 0; l < depth; l += 2)
     for (int i = 0; i < n; i += kLanes<float>) {
-      const V<float> low = load(x + l * ld + i), high = l + 1 < depth ? load(x + (l + 1) * ld + i) : V<float>{};
-      const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(__m512(high), __m512(low));
-      store(words + l / 2 * ld_words + i, V<float>((__m512)_mm512_permutexvar_epi16(order, both)));
+      const long part = n - i < kLanes<float> ? n - i : kLanes<float>;
+      const V<float> low = load_up_to(x + l * ld + i, part);
+      const V<float> high = l + 1 < depth ? load_up_to(x + (l + 1) * ld + i, part) : V<float>{};
+      const V<float> both = pair_up(low, high);
+      float* to = words + l / 2 * ld_words + i;
+      if (part == kLanes<float>)
+        store(to, both);
+      else
+        store_first(to, both, part);
     }
 }
 #endif
