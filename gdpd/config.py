@@ -134,7 +134,9 @@ class RunConfig:
     )
 
     # -- prior ---------------------------------------------------------------------------------------------
-    denoiser: str = option("bottleneck", "GDPD: network of the prior.", group="prior", choices=("bottleneck", "mlp"))
+    denoiser: str = option(
+        "bottleneck", "GDPD, DiffKD: network of the prior.", group="prior", choices=("bottleneck", "wide", "mlp")
+    )
     denoiser_options: dict[str, Any] = dataclasses.field(
         default_factory=dict,
         metadata=keywords("Keyword options of the denoiser, such as norm, blocks, reduction or hidden.", group="prior"),
@@ -148,7 +150,7 @@ class RunConfig:
         choices=("full", "lower"),
     )
     beta_schedule: str = option(
-        "linear", "Noise schedule.", group="prior", choices=("linear", "scaled_linear", "cosine")
+        "linear", "Noise schedule.", group="prior", choices=("linear", "scaled_linear", "cosine", "flow")
     )
     beta_start: float = option(1e-4, "First beta of the linear schedules.", group="prior")
     beta_end: float = option(0.02, "Last beta of the linear schedules.", group="prior")

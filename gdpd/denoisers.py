@@ -121,6 +121,52 @@ class BottleneckDenoiser(nn.Module):
         return self.out_norm(self.out(self.blocks(z + self.time_embedding(t))))
 
 
+class WideDenoiser(nn.Module):
+    """DiffKD's second denoiser (arXiv 2305.15712): h = z + E[t], widened and narrowed twice.
+
+    A → rA → A → rA → A by Linear layers with biases; a norm after each but the last, ReLU after the widening ones. Of
+    ``norm="batch"`` in training mode, the same holds as of `BottleneckDenoiser`.
+
+    Args:
+        features: latent width A.
+        expansion: r, 1 or more; 4 in DiffKD.
+        norm: ``"batch"`` or ``"layer"``.
+        num_train_timesteps: rows of the learned time table E (1280 in the release); t must be below.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+
+    def __init__(self, features: int, expansion: int = 4, norm: str = "batch", num_train_timesteps: int = 1280) -> None:
+        super().__init__()
+        if expansion < 1:
+            raise ValueError(f"expansion={expansion} must be 1 or more")
+        _check_timesteps(num_train_timesteps)
+        wide = expansion * features
+        make_norm = _norm_layer(norm)
+        self.features = features
+        self.num_train_timesteps = num_train_timesteps
+        self.norm = norm
+        self.time_embedding = nn.Embedding(num_train_timesteps, features)
+        self.body = nn.Sequential(
+            nn.Linear(features, wide),
+            make_norm(wide),
+            nn.ReLU(),
+            nn.Linear(wide, features),
+            make_norm(features),
+            nn.Linear(features, wide),
+            make_norm(wide),
+            nn.ReLU(),
+            nn.Linear(wide, features),
+        )
+
+    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+        """Prediction ``[batch, features]``; arguments and errors as `BottleneckDenoiser.forward`."""
+        _check_input(z, self.features)
+        _refuse_batch_of_one(self, self.norm, z)
+        return self.body(z + self.time_embedding(t))
+
+
 class MLPDenoiser(nn.Module):
     """A plain SiLU MLP; the time embedding is added to the first hidden layer before its activation.
 
@@ -336,6 +382,7 @@ class SinusoidalEmbedding(nn.Module):
 
 _REGISTRY: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "bottleneck": (BottleneckDenoiser, {}),
+    "wide": (WideDenoiser, {}),
     "mlp": (MLPDenoiser, {}),
 }
 
@@ -346,7 +393,8 @@ def denoiser_names() -> list[str]:
 
 
 def build_denoiser(name: str, features: int, **options: Any) -> nn.Module:
-    """A denoiser by name: ``"bottleneck"`` (:class:`BottleneckDenoiser`) or ``"mlp"`` (:class:`MLPDenoiser`).
+    """A denoiser by name: ``"bottleneck"`` (`BottleneckDenoiser`), ``"wide"`` (`WideDenoiser`) or ``"mlp"``
+    (`MLPDenoiser`).
 
     Args:
         name: one of :func:`denoiser_names`.

@@ -20,6 +20,7 @@ METHODS: dict[str, Method] = {
     "base": Method("Base", "gdpd.distillers.base_ce:Base"),
     "kd": Method("Base-KD", "gdpd.distillers.kd:KD"),
     "fits": Method("Fits", "gdpd.distillers.fits:Fits"),
+    "diffkd": Method("DiffKD", "gdpd.distillers.diffkd:DiffKD"),
     "gdpd": Method("GDPD", "gdpd.distillers.gdpd:GDPD"),
     "gendd": Method("GenDD", "gdpd.distillers.gendd:GenDD"),
 }

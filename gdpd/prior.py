@@ -31,13 +31,14 @@ class FeatureAutoencoder(nn.Module):
 
 
 class FeaturePrior(nn.Module):
-    """A denoiser eps(z_t, t) trained on teacher features, in their autoencoder's code space or as they are.
+    """A denoiser of z_t at t, trained on teacher features, in their autoencoder's code space or as they are.
 
     Args:
         denoiser: module (z [batch, A], t int64 [batch]) -> [batch, A].
         teacher_dim: width of the teacher's feature z_long.
         latent_dim: width A of the space that the denoiser works in: the student head's input width.
         target_space: "autoencoder", or "identity" where both widths are equal.
+        prediction: what the denoiser predicts: "eps", "x0" or "v".
         num_train_timesteps, beta_schedule, beta_start, beta_end: the diffusion, as in `gdpd_kernels.alphas_cumprod`.
         backend: backend of the loss, as in `gdpd_kernels.prior_loss`.
 
@@ -54,6 +55,7 @@ class FeaturePrior(nn.Module):
         latent_dim: int,
         *,
         target_space: str = "autoencoder",
+        prediction: str = "eps",
         num_train_timesteps: int = 1000,
         beta_schedule: str = "linear",
         beta_start: float = 1e-4,
@@ -71,6 +73,7 @@ class FeaturePrior(nn.Module):
             )
         self.denoiser = denoiser
         self.autoencoder = FeatureAutoencoder(teacher_dim, latent_dim) if target_space == "autoencoder" else None
+        self.prediction = prediction
         self.backend = backend
         alphas_cumprod = gk.alphas_cumprod(beta_schedule, num_train_timesteps, beta_start, beta_end)
         self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
@@ -82,18 +85,28 @@ class FeaturePrior(nn.Module):
     def losses(self, z_long: Tensor) -> dict[str, Tensor]:
         """Stage-one losses of teacher features `z_long` [batch, teacher_dim], 0-d tensors by name.
 
-        "noise": MSE of the predicted noise (Ho et al., 2020, eq. 14), t uniform, on the detached code;
+        "noise": MSE of the prediction (Ho et al., 2020, eq. 14), t uniform, on the detached code;
         "autoencoder": MSE of the reconstruction (absent in the identity space).
         """
+        return self.losses_and_code(z_long)[0]
+
+    def losses_and_code(self, z_long: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """`losses`, and the detached code [batch, A] that they come from."""
         z_long = z_long.detach()
         if self.autoencoder is None:
-            return {"noise": self._noise_loss(z_long)}
+            return {"noise": self._noise_loss(z_long)}, z_long
         code, reconstruction = self.autoencoder(z_long)
-        return {"noise": self._noise_loss(code.detach()), "autoencoder": F.mse_loss(reconstruction, z_long)}
+        code = code.detach()
+        return {"noise": self._noise_loss(code), "autoencoder": F.mse_loss(reconstruction, z_long)}, code
 
     def _noise_loss(self, code: Tensor) -> Tensor:
         # Drawn here and not by the operator, whose own draw is the same numbers on every backend and ten times slower.
         timesteps = torch.randint(len(self.alphas_cumprod), (len(code),), device=code.device)
         return gk.prior_loss(
-            self.denoiser, code, alphas_cumprod=self.alphas_cumprod, timesteps=timesteps, backend=self.backend
+            self.denoiser,
+            code,
+            alphas_cumprod=self.alphas_cumprod,
+            timesteps=timesteps,
+            prediction=self.prediction,
+            backend=self.backend,
         )

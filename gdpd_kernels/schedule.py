@@ -23,6 +23,7 @@ _SCHEDULES = {
     "scaled_linear": "scaled_linear",
     "cosine": "cosine",
     "squaredcos_cap_v2": "cosine",
+    "flow": "flow",
 }
 _PREDICTIONS = {"eps": "eps", "epsilon": "eps", "x0": "x0", "sample": "x0", "v": "v", "v_prediction": "v"}
 _WINDOWS = ("full", "lower")
@@ -112,6 +113,8 @@ def make_betas(
         raise ValueError(f"num_train_timesteps is {num_train_timesteps}; it must be at least 1")
     if kind == "cosine":
         return torch.tensor(_cosine_betas(num_train_timesteps), dtype=torch.float64)
+    if kind == "flow":
+        return torch.tensor(_flow_betas(num_train_timesteps), dtype=torch.float64)
     if not 0.0 < beta_start <= beta_end < 1.0:
         raise ValueError(
             f"beta_start is {beta_start} and beta_end {beta_end}; needed: 0 < beta_start <= beta_end < 1"
@@ -161,7 +164,7 @@ def ddim_table(
     Args:
         num_train_timesteps: T, length of the forward process; 1000 unless ``alphas_cumprod`` says otherwise.
         num_inference_steps: n, steps walked; 5 unless ``timesteps`` says otherwise.
-        beta_schedule: ``"linear"``, ``"scaled_linear"`` or ``"cosine"``; see :func:`make_betas`.
+        beta_schedule: ``"linear"``, ``"scaled_linear"``, ``"cosine"`` or ``"flow"``; see :func:`make_betas`.
         window: ``"full"``: all n entries of a grid of n; ``"lower"``: the lower half of a grid of 2 n (the
             start is taken to be half denoised, as in DiffKD and GDPD: n = 5 gives 400, 300, 200, 100, 0).
         eta: 0 for DDIM, 1 for DDPM-like sampling with noise at each step.
@@ -339,6 +342,13 @@ def _cosine_betas(steps: int) -> list[float]:
         return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
 
     return [min(1 - level((i + 1) / steps) / level(i / steps), _MAX_COSINE_BETA) for i in range(steps)]
+
+
+def _flow_betas(steps: int) -> list[float]:
+    def level(tau: float) -> float:
+        return (1 - tau) ** 2 / ((1 - tau) ** 2 + tau**2)
+
+    return [1 - level((i + 1) / steps) / level(i / steps) for i in range(steps)]
 
 
 def _lookup(argument: str, value: str, known: dict[str, str]) -> str:

@@ -9,10 +9,12 @@ from typing import Any
 
 from gdpd.distillers.base import Batch, Distiller, StudentRun, hinton_loss, taught
 from gdpd.distillers.base_ce import Base
+from gdpd.distillers.diffkd import DiffKD
 from gdpd.distillers.fits import Fits
 from gdpd.distillers.gdpd import GDPD
 from gdpd.distillers.gendd import GenDD
 from gdpd.distillers.kd import KD
+from gdpd.distillers.reverse import ReverseDistiller
 from gdpd.methods import METHODS
 from gdpd.models import Classifier
 from gdpd.options import nearest
@@ -22,9 +24,11 @@ __all__ = [
     "KD",
     "Base",
     "Batch",
+    "DiffKD",
     "Distiller",
     "Fits",
     "GenDD",
+    "ReverseDistiller",
     "StudentRun",
     "build_distiller",
     "distiller_class",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -10,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import gdpd_kernels as gk
-from gdpd.denoisers import build_denoiser
-from gdpd.distillers.base import Batch, Distiller, hinton_loss
-from gdpd.fusion import NoiseFusion
+from gdpd.distillers.base import Batch, hinton_loss
+from gdpd.distillers.reverse import ReverseDistiller
+from gdpd.likelihood import guided_reverse
 from gdpd.models import Classifier
-from gdpd.prior import FeaturePrior
-from gdpd.sampler import noise_fused_init, trajectory
+from gdpd.options import nearest
 from gdpd_kernels.ranges import span
 
+CONDITIONINGS = ("fusion", "guidance")
 
-class GDPD(Distiller):
+
+class GDPD(ReverseDistiller):
     """Two-stage GDPD: learn the prior, then ask that the student's feature, denoised by it, is classified correctly.
 
     With z_short the student's feature, A its width, r the loss ratio:
@@ -47,12 +46,18 @@ class GDPD(Distiller):
             prior is the function that was learned. trans, fusion and proj learn on: no loss of the first stage
             reaches them. False lets the denoiser learn from the classification loss, as the release does.
         num_samples: J, draws of eps per series and step.
+        conditioning: how z_short enters the reverse process: "fusion" (the start above), or "guidance", an ablation:
+            from pure noise, every step is drawn to trans(z_short) by likelihood guidance (`gdpd.likelihood`). That
+            takes window="full" and eta=0, runs step by step in Python, and is slow.
+        guidance_scale: step size of "guidance".
         alpha: "per_sample", "per_dimension" or a number in [0, 1], see `gdpd.fusion.NoiseFusion`.
         target_space: "autoencoder" or "identity", see `gdpd.prior.FeaturePrior`.
         denoiser: a name for `gdpd.denoisers.build_denoiser`, or a module (z [batch, A], t int64 [batch]) -> [batch, A].
         denoiser_options: keyword options of a denoiser given by name.
-        num_train_timesteps, beta_schedule, beta_start, beta_end: the diffusion, as in `gdpd_kernels.ddim_table`.
-        num_inference_steps, window, eta: the sampler's steps, likewise.
+        prediction: what the denoiser predicts: "eps", "x0" or "v".
+        num_train_timesteps, beta_schedule, beta_start, beta_end: the diffusion, as in `gdpd_kernels.ddim_table`;
+            beta_schedule="flow" with prediction="v" is a flow-matching prior.
+        num_inference_steps, window, timestep_spacing, eta: the sampler's steps, likewise.
         backend: backend of both operators.
 
     Raises:
@@ -70,43 +75,65 @@ class GDPD(Distiller):
         temperature: float = 2.0,
         freeze_prior: bool = False,
         num_samples: int = 1,
+        conditioning: str = "fusion",
+        guidance_scale: float = 1.0,
         alpha: str | float = "per_sample",
         target_space: str = "autoencoder",
         denoiser: str | nn.Module = "bottleneck",
         denoiser_options: Mapping[str, Any] | None = None,
+        prediction: str = "eps",
         num_train_timesteps: int = 1000,
         num_inference_steps: int = 5,
         window: str = "lower",
+        timestep_spacing: str = "leading",
         beta_schedule: str = "linear",
         beta_start: float = 1e-4,
         beta_end: float = 0.02,
         eta: float = 0.0,
         backend: str = "auto",
     ) -> None:
-        super().__init__(student, loss_ratio=loss_ratio, warmup_epochs=warmup_epochs)
+        super().__init__(
+            student,
+            teacher_dim,
+            loss_ratio=loss_ratio,
+            alpha=alpha,
+            target_space=target_space,
+            denoiser=denoiser,
+            denoiser_options=denoiser_options,
+            prediction=prediction,
+            num_train_timesteps=num_train_timesteps,
+            num_inference_steps=num_inference_steps,
+            window=window,
+            timestep_spacing=timestep_spacing,
+            beta_schedule=beta_schedule,
+            beta_start=beta_start,
+            beta_end=beta_end,
+            eta=eta,
+            backend=backend,
+        )
+        if warmup_epochs < 0:
+            raise ValueError(f"warmup_epochs={warmup_epochs} is below 0. Give the number of warm-up epochs, or 0.")
         if num_samples < 1:
             raise ValueError(f"num_samples={num_samples} is below 1. It is the number of noise draws per series.")
-        width = student.head.in_features
-        diffusion: dict[str, Any] = {
-            "num_train_timesteps": num_train_timesteps,
-            "beta_schedule": beta_schedule,
-            "beta_start": beta_start,
-            "beta_end": beta_end,
-        }
-        self.table = gk.ddim_table(num_inference_steps=num_inference_steps, window=window, eta=eta, **diffusion)
-        if isinstance(denoiser, str):
-            options = {"num_train_timesteps": num_train_timesteps, **(denoiser_options or {})}
-            denoiser = build_denoiser(denoiser, width, **options)
-        self.prior = FeaturePrior(denoiser, teacher_dim, width, target_space=target_space, backend=backend, **diffusion)
-        self.trans = nn.Linear(student.feature_dim, width)
-        self.fusion = NoiseFusion(width, alpha)
-        self.proj = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width))
-        self.teacher_dim = teacher_dim
+        if conditioning not in CONDITIONINGS:
+            known = ", ".join(CONDITIONINGS)
+            raise ValueError(
+                f"conditioning={conditioning!r} is not known{nearest(conditioning, CONDITIONINGS)}: {known}."
+            )
+        if conditioning == "guidance" and (window != "full" or eta):
+            raise ValueError(
+                f"conditioning='guidance' with window={window!r}, eta={eta}: guidance starts at pure noise and "
+                "draws none on the way. Use window='full' and eta=0."
+            )
+        if not guidance_scale >= 0:
+            raise ValueError(f"guidance_scale={guidance_scale} is not a number of at least 0.")
+        self.warmup_epochs = warmup_epochs
+        self.conditioning = conditioning
+        self.guidance_scale = guidance_scale
         self.hinton = hinton
         self.temperature = temperature
         self.freeze_prior = freeze_prior
         self.num_samples = num_samples
-        self.backend = backend
 
     def loss(self, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of `batch` in epoch `epoch`, counted from 0; see the class.
@@ -121,7 +148,7 @@ class GDPD(Distiller):
             self._move_prior(epoch < self.warmup_epochs)
         if epoch < self.warmup_epochs:
             with span("prior"):
-                losses.update(self.prior.losses(self._teacher_features(batch)))
+                losses.update(self.prior.losses(self.teacher_features(batch)))
         else:
             losses["ce_hat"], seen["alpha"] = self._sampled_cross_entropy(z_short, batch.y)
         total = ce + self.loss_ratio * functools.reduce(torch.add, losses.values())
@@ -130,58 +157,24 @@ class GDPD(Distiller):
 
     def _sampled_cross_entropy(self, z_short: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Mean over the draws of CE(student_head(proj(z_hat)), y), and alpha."""
-        with span("fusion"):
-            z = self.trans(z_short)
-            alpha = self.fusion(z)
-        samples = None if self.num_samples == 1 else self.num_samples
-        with span("sampler"):
-            z_hat = gk.reverse_sample(
-                self.prior.denoiser, z, table=self.table, alpha=alpha, num_samples=samples, backend=self.backend
-            )  # [batch, A], or [num_samples, batch, A]
+        denoised, alpha = self.denoised(z_short, self.num_samples)
         with span("losses"):
-            logits = self.student.classify(self.proj(z_hat if samples is None else z_hat.flatten(0, 1)))
-            return self.cross_entropy(logits, y if samples is None else y.repeat(samples)), alpha
+            logits = self.student.classify(denoised)
+            return self.cross_entropy(logits, y if self.num_samples == 1 else y.repeat(self.num_samples)), alpha
+
+    def reverse(self, z: Tensor, alpha: Tensor, num_samples: int) -> Tensor:
+        """z_hat [num_samples · batch, A], by fusion or by guidance."""
+        if self.conditioning == "fusion":
+            return super().reverse(z, alpha, num_samples)
+        z = z.repeat(num_samples, 1)
+        return guided_reverse(self.prior.denoiser, z, torch.randn_like(z), self.table, self.guidance_scale)
+
+    def prior_runs_in_training(self) -> bool:
+        """Unless the prior is frozen."""
+        return not self.freeze_prior
 
     def _move_prior(self, moves: bool) -> None:
         """Let the prior learn, or hold it still: parameters and the statistics of its BatchNorms."""
         for parameter in self.prior.parameters():
             parameter.requires_grad_(moves)
         self.prior.train(moves and self.training)
-
-    def _teacher_features(self, batch: Batch) -> Tensor:
-        z_long, expected = batch.z_long, (len(batch.y), self.teacher_dim)
-        if z_long is None or tuple(z_long.shape) != expected:
-            found = "None" if z_long is None else f"of shape {tuple(z_long.shape)}"
-            raise ValueError(
-                f"batch.z_long is {found}. The prior learns from teacher features {list(expected)} "
-                f"([batch, teacher_dim={self.teacher_dim}]): fill them in, or give GDPD the teacher's width."
-            )
-        return z_long
-
-    @torch.no_grad()
-    def trajectory(self, x_prefix: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
-        """The reverse process from the features of some prefixes, state by state, for looking at.
-
-        The denoiser runs as it does in training (BatchNorm with the statistics of these trajectories, unless the
-        prior is frozen), on a copy, so that nothing of the module changes.
-
-        Args:
-            x_prefix: [batch, channels, time], two series or more.
-            lengths: int64 [batch], or None.
-
-        Returns:
-            z_short [batch, A] (after trans), alpha [batch, 1 or A], z_k [K + 1, batch, A], z_hat [batch, A]
-            (the last of z_k), timesteps int64 [K].
-
-        Raises:
-            ValueError: a sampler with eta above 0.
-        """
-        module = copy.deepcopy(self).eval()
-        z_short = module.trans(module.student(x_prefix, lengths)[0])
-        alpha = module.fusion(z_short)
-        module.prior.denoiser.train(not self.freeze_prior)
-        start = noise_fused_init(z_short, alpha, torch.randn_like(z_short))
-        z_k = trajectory(module.prior.denoiser, start, self.table)
-        steps = torch.tensor(self.table.timesteps)
-        alpha = alpha.expand(len(z_short), -1)
-        return {"z_short": z_short, "alpha": alpha, "z_k": z_k, "z_hat": z_k[-1], "timesteps": steps}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import gdpd_kernels as gk
 from gdpd.denoisers import AdaLNDenoiser
-from gdpd.distillers.base import Batch, Distiller
+from gdpd.distillers.base import Batch, Distiller, taught
 from gdpd.guidance import GuidedDenoiser
 from gdpd.models import Classifier
 from gdpd.options import nearest
@@ -246,14 +246,7 @@ class GenDD(Distiller):
     def _teacher_features(self, batch: Batch) -> Tensor:
         if not self.prepared:
             raise RuntimeError("GenDD knows nothing of the teacher. Call prepare(teacher, z_long, y) before training.")
-        z_long, expected = batch.z_long, (len(batch.y), self.tokens.features)
-        if z_long is None or tuple(z_long.shape) != expected:
-            found = "None" if z_long is None else f"of shape {tuple(z_long.shape)}"
-            raise ValueError(
-                f"batch.z_long is {found}. The head learns teacher features {list(expected)} ([batch, teacher_dim="
-                f"{self.tokens.features}]): fill them in, or give GenDD the teacher's width."
-            )
-        return z_long.detach()
+        return taught(batch, "z_long", self.tokens.features)
 
     def _move_student(self, moves: bool) -> None:
         """Let the student's features learn, or hold them still: parameters and the statistics of its BatchNorms."""

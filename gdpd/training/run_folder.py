@@ -16,7 +16,7 @@ from lightning_fabric import Fabric
 
 from gdpd.config import RunConfig
 from gdpd.data import TimeSeriesData, load_dataset
-from gdpd.distillers import GDPD, Distiller
+from gdpd.distillers import Distiller, ReverseDistiller
 from gdpd.metrics import classification_metrics
 from gdpd.models import Classifier
 from gdpd.training.atomic import (
@@ -293,7 +293,7 @@ def _trajectory(session: Session, distiller: Distiller, teacher: Teacher) -> dic
     """
     prepared = session.prepared
     series = prepared.prefix_test
-    if not isinstance(distiller, GDPD) or distiller.table.eta or len(series) < 2:
+    if not isinstance(distiller, ReverseDistiller) or distiller.table.eta or len(series) < 2:
         return {}
     rows = slice(0, TRAJECTORY_SERIES)
     torch.manual_seed(derived_seed(session.config.seed, "trajectory"))

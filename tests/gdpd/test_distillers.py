@@ -166,7 +166,7 @@ def test_identity_space_needs_equal_widths() -> None:
 @pytest.mark.parametrize(
     ("change", "epoch", "told"),
     [
-        ({"z_long": None}, 0, r"batch.z_long is None.*teacher_dim=12"),
+        ({"z_long": None}, 0, r"batch.z_long is None.*\[6, 12\]"),
         ({"z_long": torch.zeros(6, 5)}, 0, r"batch.z_long is of shape \(6, 5\)"),
         ({"teacher_logits": None}, 0, "batch.teacher_logits is None"),
         ({"teacher_logits": torch.zeros(6, 4)}, 2, r"teacher's logits have shape \(6, 4\) and the student's \(6, 3\)"),
