@@ -407,12 +407,13 @@ class RunConfig:
 
     @classmethod
     def describe(cls) -> list[dict[str, Any]]:
-        """One row per option: name, type (as written), default, unit, help, group, choices."""
+        """One row per option: name, type (as written), default, unit, help, group, choices, changes_result."""
         rows = []
         for field in dataclasses.fields(cls):
             default = field.default if field.default is not dataclasses.MISSING else {}
             row = {"name": field.name, "type": str(field.type), "default": default}
-            rows.append({**row, **{k: field.metadata[k] for k in ("unit", "help", "group", "choices")}})
+            told = ("unit", "help", "group", "choices", "changes_result")
+            rows.append({**row, **{k: field.metadata[k] for k in told}})
         return rows
 
 

@@ -205,6 +205,34 @@ def demo(
 
 
 @app.command()
+def grid(
+    file: Annotated[Path, typer.Argument(help="YAML file of the grid; `gdpd grid` in the documentation shows one.")],
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the results table.", show_default="beside the file, named as it is"),
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Worker processes; 0: this one. Unit: processes.")] = 2,
+    threads: Annotated[int, typer.Option(help="Threads of each worker. Unit: threads.")] = 1,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Address of a Ray cluster to run on in place of local processes.", show_default="none"),
+    ] = None,
+    keep_runs: Annotated[bool, typer.Option(help="Keep every run's folder, not its row alone.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what is left to do, stop.")] = False,
+) -> None:
+    """Data sets × earliness × methods × seeds as independent jobs; goes on where it was stopped."""
+    from gdpd.experiments import read_grid
+    from gdpd.experiments.grid_command import run
+
+    place = folder or file.with_suffix("")
+    if not run(
+        read_grid(file), place, workers=workers, threads=threads, ray=ray, keep_runs=keep_runs, dry_run=dry_run,
+        console=_console(),
+    ):  # fmt: skip
+        raise typer.Exit(1)
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     from gdpd import __version__

@@ -1,26 +1,31 @@
-"""Grids of runs: which runs (`grid`), how they are carried out (`runner`), what came out (`records`, `summary`).
+"""Grids of runs: which jobs (`grid`, `grid_file`), how they are carried out (`runner`, on `workers`), what came out.
 
-The demo (`demo`) is one such grid. A grid's folder holds one run folder per run, so a grid that was killed goes on
-where it stopped, and `gdpd report` reads it like any other set of runs.
+The demo (`demo`) is one such grid. Every finished job has a row in the table of the grid's folder (`results`), so a
+grid that was stopped goes on where it stopped. Run folders, where they are kept, are read by `records`; `summary` makes
+tables of both.
 """
 
-from gdpd.experiments.grid import Grid, GridRun, run_name
+from gdpd.experiments.grid import Grid, Job, Variant, run_name
+from gdpd.experiments.grid_file import read_grid
 from gdpd.experiments.records import RunRecord, find_runs, read_run
 from gdpd.experiments.results import Result, ResultsTable, choose, read_results, result_records
-from gdpd.experiments.runner import Outcome, run_grid
+from gdpd.experiments.runner import Listener, Outcome, run_grid
 from gdpd.experiments.summary import Row, paired_differences, summarise
 
 __all__ = [
     "Grid",
-    "GridRun",
+    "Job",
+    "Listener",
     "Outcome",
     "Result",
     "ResultsTable",
     "Row",
     "RunRecord",
+    "Variant",
     "choose",
     "find_runs",
     "paired_differences",
+    "read_grid",
     "read_results",
     "read_run",
     "result_records",

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gdpd.experiments.grid import Grid
+from gdpd.experiments.progress import LiveProgress
 from gdpd.experiments.records import find_runs
-from gdpd.experiments.runner import Outcome, run_grid
+from gdpd.experiments.runner import run_grid
 from gdpd.experiments.summary import summarise, table
-from gdpd.methods import method_title
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,26 +48,15 @@ def run_demo(folder: Path, *, seeds: int, workers: int, threads: int, console: C
     Raises:
         ValueError: an argument out of range, or a folder with runs of other settings.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     began = time.perf_counter()
-    runs = demo_grid(seeds).runs(folder)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    bar = Progress(*columns, console=console)
-    ended: list[Outcome] = []
-    with bar:
-        task = bar.add_task("training", total=len(runs))
-
-        def on_outcome(outcome: Outcome) -> None:
-            ended.append(outcome)
-            bar.console.print(_line(outcome), highlight=False, markup=False, soft_wrap=True)
-            bar.advance(task)
-
-        run_grid(runs, folder, workers=workers, threads=threads, on_outcome=on_outcome)
-    for warning in dict.fromkeys(text for outcome in ended for text in outcome.warnings):
+    with LiveProgress(console) as progress:
+        outcomes = run_grid(
+            demo_grid(seeds), folder, workers=workers, threads=threads, keep_runs=True, listener=progress
+        )
+    for warning in dict.fromkeys(text for outcome in outcomes for text in outcome.warnings):
         console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
-    failed = [outcome for outcome in ended if outcome.status == "failed"]
-    if len(failed) == len(ended):
+    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+    if len(failed) == len(outcomes):
         return False
     from gdpd.report import build_report
 
@@ -75,10 +64,3 @@ def run_demo(folder: Path, *, seeds: int, workers: int, threads: int, console: C
     page = build_report([folder], folder / "report.html")
     console.print(f"report: {page}   ({time.perf_counter() - began:.0f} s)", highlight=False, soft_wrap=True)
     return not failed
-
-
-def _line(outcome: Outcome) -> str:
-    config = outcome.run.config
-    share, method = f"{100 * config.earliness:g} % read", method_title(config.method)
-    told = f": {outcome.reason}" if outcome.reason else ""
-    return f"{outcome.status:8} {config.dataset}, {share}, {method}, seed {config.seed}{told}"

@@ -62,6 +62,7 @@ class Result:
         seconds: wall-clock training time of the student; other work on the machine is in it.
         seconds_per_epoch: median over its epochs, wall clock.
         cpu_seconds: processor time of the whole job, all threads: data, training, evaluation; not the teacher's.
+            None for a job that was stopped and went on.
         peak_memory: largest resident size of the worker during the job, MiB; None where it cannot be measured.
         parts: parts of the training loss in the last epoch of each phase, named phase.part, and alpha's mean.
         teacher_sha256, student_sha256: of the weights.
@@ -94,7 +95,7 @@ class Result:
     n_test: int
     seconds: float
     seconds_per_epoch: float
-    cpu_seconds: float
+    cpu_seconds: float | None
     peak_memory: float | None
     parts: dict[str, float]
     teacher_sha256: str

@@ -1,161 +1,233 @@
-"""Carries out a grid in local worker processes with pinned threads; finished runs are skipped, stopped ones resumed."""
+"""Carries out a grid: teachers first, each once; a row for every finished job; a failure stops nothing else."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
-from gdpd.config import RunConfig
-from gdpd.experiments.grid import GridRun
+from gdpd.experiments.grid import Grid, Job
+from gdpd.experiments.grid_file import check_folder
+from gdpd.experiments.job import TEACHER_FILES, Done, carry_out, train_teacher
+from gdpd.experiments.preflight import preflight
+from gdpd.experiments.results import RECIPE, Result, ResultsTable
+from gdpd.experiments.workers import LocalProcesses, ThisProcess, WorkerLost, Workers, check_counts
 
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+TRIES = 3  # a task whose worker died is run again until it has been tried so often
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one run of a grid ended: `done`, `skipped` (it was finished before) or `failed` with a reason.
+    """How one job of a grid ended: `done`, `skipped` (the table had it) or `failed` with a reason."""
 
-    `warnings` are those of the run, each once, as text: a worker's own terminal output would be lost among others'.
-    """
-
-    run: GridRun
-    folder: Path
+    job: Job
     status: str
     reason: str = ""
     warnings: tuple[str, ...] = ()
 
 
-def run_grid(
-    runs: Sequence[GridRun],
-    folder: Path,
-    *,
-    workers: int = 2,
-    threads: int = 1,
-    on_outcome: Callable[[Outcome], None] | None = None,
-) -> list[Outcome]:
-    """Carry out `runs`, one folder each below `folder`, and return how each ended, in the order given.
+@dataclass(frozen=True)
+class Task:
+    """What a worker is given: a job, or the teacher of a (data set, seed)."""
 
-    The first run of every (dataset, seed) trains the teacher that the others of that pair read, so these start
-    first and the others follow as their teacher is ready. A run that fails does not stop the others.
+    teacher: tuple[str, int]
+    job: Job | None = None
 
-    Args:
-        runs: from `Grid.runs(folder)`.
-        folder: the grid's folder; made if need be.
-        workers: worker processes; 0 runs everything in this process, one after another.
-        threads: threads of torch and the numeric libraries in each worker.
-        on_outcome: called in this process as each run ends.
+    def __str__(self) -> str:
+        dataset, seed = self.teacher
+        if self.job is None:
+            return f"{Path(dataset).stem}, teacher, seed {seed}"
+        config, told = self.job.config, "".join(f", {key} {value}" for key, value in self.job.options.items())
+        share = f"{100 * config.earliness:g} % read"
+        return f"{Path(dataset).stem}, {share}, {self.job.label}, seed {seed}{told}"
+
+
+class Listener:
+    """Is told how a grid goes on; the methods do nothing until overridden."""
+
+    def planned(self, total: int) -> None:
+        """So many jobs are to be done."""
+
+    def started(self, task: Task) -> None:
+        """A task was given to a worker."""
+
+    def stopped(self, task: Task, note: str = "") -> None:
+        """A task is with no worker any more; `note` says what went wrong, if anything, and what follows from it."""
+
+    def ended(self, outcome: Outcome) -> None:
+        """A job has ended."""
+
+
+def plan(grid: Grid, folder: Path) -> list[Job]:
+    """The jobs of `grid` that the table in `folder` does not hold, after every check that needs no training.
 
     Raises:
-        ValueError: workers or threads out of range, or a run's folder holds a run of another configuration.
+        As `run_grid`.
     """
-    if workers < 0 or threads < 1:
-        raise ValueError(
-            f"workers={workers}, threads={threads}: workers must be at least 0 (0: no further process), "
-            "threads at least 1."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    outcomes: dict[str, Outcome] = {}
-
-    def ended(outcome: Outcome) -> None:
-        outcomes[outcome.run.name] = outcome
-        if on_outcome is not None:
-            on_outcome(outcome)
-
-    waiting: dict[tuple[str, int], list[GridRun]] = defaultdict(list)
-    for run in runs:
-        if _finished(folder / run.name, run.config):
-            ended(Outcome(run, folder / run.name, "skipped"))
-        else:
-            waiting[run.teacher].append(run)
-    if workers == 0:
-        for run in [run for group in waiting.values() for run in group]:
-            ended(_outcome(run, folder, *_carry_out(run.config, folder / run.name)))
-    elif waiting:
-        with _pool(workers, threads) as pool:
-            for outcome in _schedule(pool, waiting, folder):
-                ended(outcome)
-    return [outcomes[run.name] for run in runs]
+    with ResultsTable(folder) as table:
+        return _plan(grid, folder, table)[1]
 
 
-def _schedule(
-    pool: ProcessPoolExecutor, waiting: dict[tuple[str, int], list[GridRun]], folder: Path
-) -> Iterator[Outcome]:
-    under_way: dict[Future[tuple[str, list[str]]], GridRun] = {}
+def run_grid(
+    grid: Grid,
+    folder: Path,
+    *,
+    workers: Workers | int = 2,
+    threads: int = 1,
+    keep_runs: bool = False,
+    listener: Listener | None = None,
+) -> list[Outcome]:
+    """Carry out the jobs of `grid` that the table in `folder` does not hold, and return how each ended, in order.
 
-    def submit(run: GridRun) -> None:
-        under_way[pool.submit(_carry_out, run.config, folder / run.name)] = run
+    Before the first job everything is read and tried that can be (`gdpd.experiments.preflight`). A job that fails
+    stops no other, and is tried again by the next call. However the call ends, the table is exported.
 
-    for group in waiting.values():
-        submit(group[0])
-    while under_way:
-        finished, _ = wait(under_way, return_when=FIRST_COMPLETED)
-        for future in finished:
-            run = under_way.pop(future)
-            failure = future.exception()
-            yield _outcome(run, folder, *(future.result() if failure is None else (f"the worker died: {failure}", [])))
-            group = waiting[run.teacher]
-            for follower in group[1:] if run is group[0] else ():
-                if failure is None:
-                    submit(follower)
-                else:  # a pool that lost a worker takes nothing more
-                    yield _outcome(follower, folder, "not started: a worker died before", [])
+    Args:
+        grid: what to run.
+        folder: the grid's folder; made if need be.
+        workers: where the tasks run; a number is so many local processes, 0 this process.
+        threads: threads of each local worker.
+        keep_runs: keep every run folder, in `runs/` of the grid's folder.
+        listener: told how it goes on, in this process.
+
+    Raises:
+        ValueError: bad input, see `read_grid`, `check_folder` and `preflight`; worker or thread counts out of range.
+        FileNotFoundError: a data set that is not there.
+    """
+    from gdpd.training.atomic import write_json
+
+    listener = listener or Listener()
+    if isinstance(workers, int):
+        check_counts(workers, threads)
+    with ResultsTable(folder) as table:
+        jobs, missing, recipe = _plan(grid, folder, table)
+        write_json(folder / RECIPE, recipe)
+        listener.planned(len(jobs))
+        waiting = {job.key for job in missing}
+        outcomes = {job.key: Outcome(job, "skipped") for job in jobs if job.key not in waiting}
+        for outcome in outcomes.values():
+            listener.ended(outcome)
+        try:
+            if missing:
+                with _place(workers, threads) as place:
+                    for outcome in _Schedule(grid, folder, table, place, keep_runs, listener).carry_out(missing):
+                        outcomes[outcome.job.key] = outcome
+                        listener.ended(outcome)
+        finally:
+            table.export()
+    return [outcomes[job.key] for job in jobs]
 
 
-def _outcome(run: GridRun, folder: Path, reason: str, warned: Iterable[str]) -> Outcome:
-    return Outcome(run, folder / run.name, "failed" if reason else "done", reason, tuple(dict.fromkeys(warned)))
+def _plan(grid: Grid, folder: Path, table: ResultsTable) -> tuple[list[Job], list[Job], dict[str, Any]]:
+    """All jobs, those to be done, and what grid.json has to say."""
+    jobs, results = grid.jobs(), table.results()
+    recipe = check_folder(grid, folder, jobs, results)
+    known = {result.key for result in results}
+    missing = [job for job in jobs if job.key not in known]
+    preflight(missing)
+    return jobs, missing, recipe
 
 
 @contextlib.contextmanager
-def _pool(workers: int, threads: int) -> Iterator[ProcessPoolExecutor]:
-    # Spawned, not forked: torch's thread pool does not survive a fork. The numeric libraries read these variables
-    # when they load, in the child, so they must stand in its environment from the start.
-    before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
-    os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(threads)))
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _pin, (threads,))
+def _place(workers: Workers | int, threads: int) -> Iterator[Workers]:
+    place = workers
+    if isinstance(place, int):
+        place = LocalProcesses(place, threads) if place else ThisProcess()
     try:
-        yield pool
+        yield place
     finally:
-        pool.shutdown(cancel_futures=True)
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        place.close()
 
 
-def _pin(threads: int) -> None:
-    import torch
+class _Schedule:
+    """Hands tasks to workers: jobs in their order, each after its teacher, of which there is one per pair."""
 
-    torch.set_num_threads(threads)
+    def __init__(
+        self, grid: Grid, folder: Path, table: ResultsTable, workers: Workers, keep_runs: bool, listener: Listener
+    ) -> None:
+        self._grid = grid
+        self._folder = folder
+        self._table = table
+        self._workers = workers
+        self._keep_runs = keep_runs
+        self._listener = listener
+        self._under_way: dict[Any, Task] = {}
+        self._tries: Counter[Task] = Counter()
+        self._without: dict[tuple[str, int], str] = {}  # pairs whose teacher could not be trained, and why
 
+    def carry_out(self, jobs: list[Job]) -> Iterator[Outcome]:
+        waiting = list(jobs)
+        while waiting or self._under_way:
+            while len(self._under_way) < self._workers.capacity and (task := self._next(waiting)) is not None:
+                self._start(task)
+            for job in [job for job in waiting if job.teacher in self._without]:
+                waiting.remove(job)
+                yield Outcome(job, "failed", f"no teacher: {self._without[job.teacher]}")
+            if not self._under_way:
+                continue
+            for handle, came in self._workers.wait(list(self._under_way)):
+                task = self._under_way.pop(handle)
+                if isinstance(came, WorkerLost) and self._tries[task] < TRIES:
+                    self._listener.stopped(task, f"{came}; it is run again")
+                    if task.job is not None:
+                        waiting.insert(0, task.job)
+                    continue
+                done = Done(reason=f"tried {TRIES} times: {came}") if isinstance(came, WorkerLost) else came
+                self._listener.stopped(task, "" if task.job is not None else done.reason)
+                if task.job is None:
+                    self._keep_teacher(task.teacher, done)
+                else:
+                    yield self._ended(task.job, done)
 
-def _carry_out(config: RunConfig, folder: Path) -> tuple[str, list[str]]:
-    """Carry out one run; why it failed (or nothing) and its warnings come back as text, which always pickles."""
-    from gdpd.training import run
+    def _next(self, waiting: list[Job]) -> Task | None:
+        """The first waiting job that can start, taken off the list; or the first teacher that one waits for."""
+        in_training = {task.teacher for task in self._under_way.values() if task.job is None}
+        for number, job in enumerate(waiting):
+            if job.teacher in self._without or job.teacher in in_training:
+                continue
+            if not (self._teacher_home(job.teacher) / TEACHER_FILES[-1]).is_file():
+                return Task(job.teacher)
+            return Task(job.teacher, waiting.pop(number))
+        return None
 
-    reason = ""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("default")
-        try:
-            run(config, folder, resume=True)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-    quiet = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
-    return reason, [str(warning.message) for warning in caught if not issubclass(warning.category, quiet)]
+    def _start(self, task: Task) -> None:
+        self._tries[task] += 1
+        self._listener.started(task)
+        if task.job is None:
+            handle = self._workers.submit(train_teacher, self._grid.teacher_config(task.teacher))
+        else:
+            home = self._teacher_home(task.teacher)
+            teacher = {name: (home / name).read_bytes() for name in TEACHER_FILES}
+            here = self._keep_runs or self._workers.shares_files
+            run = str(self._folder / "runs" / task.job.name) if here else None
+            handle = self._workers.submit(carry_out, task.job.config, teacher, run, self._keep_runs)
+        self._under_way[handle] = task
 
+    def _teacher_home(self, teacher: tuple[str, int]) -> Path:
+        """Where the teacher lies; its name changes with the options that it depends on."""
+        from gdpd.training.teacher_cache import teacher_key
 
-def _finished(folder: Path, config: RunConfig) -> bool:
-    if not (folder / "metrics.json").is_file():
-        return False
-    from gdpd.training.checkpoint import check_same_config
+        dataset, seed = teacher
+        config = self._grid.teacher_config(teacher)
+        key = teacher_key(config, f"{dataset} {config.resample_to} {config.missing}")
+        return self._folder / "teachers" / f"{Path(dataset).stem}-s{seed}-{key[:8]}"
 
-    check_same_config(config, json.loads((folder / "config.json").read_text(encoding="utf-8")), str(folder))
-    return True
+    def _keep_teacher(self, teacher: tuple[str, int], done: Done) -> None:
+        from gdpd.training.atomic import write_bytes
+
+        if done.reason:
+            self._without[teacher] = done.reason
+            return
+        for name in TEACHER_FILES:
+            write_bytes(self._teacher_home(teacher) / name, done.value[name])
+
+    def _ended(self, job: Job, done: Done) -> Outcome:
+        if done.reason:
+            return Outcome(job, "failed", done.reason, done.warnings)
+        dataset, earliness, method, seed, _ = job.key
+        row = Result(dataset=dataset, earliness=earliness, method=method, seed=seed, options=job.options, **done.value)
+        self._table.add(row)
+        return Outcome(job, "done", warnings=done.warnings)

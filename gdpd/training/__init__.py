@@ -4,7 +4,7 @@ from gdpd.training.checkpoint import CheckpointError, CheckpointWarning
 from gdpd.training.history import History, Progress
 from gdpd.training.loop import TrainingDiverged
 from gdpd.training.progress import RichProgress
-from gdpd.training.run_folder import evaluate, run
+from gdpd.training.run_folder import evaluate, run, train_teacher_only
 from gdpd.training.stages import WeakTeacherError, WeakTeacherWarning
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "WeakTeacherWarning",
     "evaluate",
     "run",
+    "train_teacher_only",
 ]

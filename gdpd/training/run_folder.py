@@ -115,6 +115,20 @@ def run(
     return read_json(folder / "metrics.json")
 
 
+def train_teacher_only(config: RunConfig, folder: str | Path) -> None:
+    """Train the teacher of a run and write teacher.safetensors and teacher.json into `folder`, for runs to begin with.
+
+    Only the options that a teacher depends on count. A sound teacher that is there already is left as it is.
+
+    Raises:
+        As `run`.
+    """
+    data = load_data(config)
+    with training_context(config) as fabric:
+        session = Session(config, prepare_on(fabric, data, config), fabric)
+        _teacher(session, Path(folder))
+
+
 def evaluate(folder: str | Path, *, data_dir: str | Path | None = None) -> dict[str, Any]:
     """Score the student (and the teacher) of a finished run again, from their weights, on the run's test series.
 

@@ -13,7 +13,7 @@ from gdpd.training.atomic import read_json, read_tensors, write_json, write_tens
 from gdpd.training.stages import Session, Teacher, build_teacher
 
 # Every option that a teacher's weights depend on. The data are in the key by their checksum.
-_OPTIONS = (
+TEACHER_OPTIONS = (
     "seed", "validation_fraction", "normalisation", "teacher_model", "teacher_options", "teacher_epochs",
     "teacher_candidates", "teacher_retries", "batch_size", "learning_rate", "weight_decay", "lr_schedule",
     "lr_milestones", "lr_gamma", "gradient_clip", "selection_metric", "accelerator", "devices", "precision",
@@ -24,7 +24,7 @@ _OPTIONS = (
 def teacher_key(config: RunConfig, data_digest: str) -> str:
     """Sixteen hexadecimal digits that change with anything that a teacher's weights depend on."""
     options = config.to_dict()
-    text = json.dumps([data_digest, {name: options[name] for name in _OPTIONS}], sort_keys=True)
+    text = json.dumps([data_digest, {name: options[name] for name in TEACHER_OPTIONS}], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -1,10 +1,8 @@
-"""Grids of runs: paired by seed, resumable, a failed run stops nothing, and tables say what the folders say."""
+"""Tables and the demo: what finished runs left, in rows by data set, earliness and method."""
 
 from __future__ import annotations
 
 import io
-import json
-import os
 import shutil
 
 import pytest
@@ -12,132 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-import gdpd.training
-from gdpd.config import RunConfig
-from gdpd.experiments import Grid, find_runs, paired_differences, read_run, run_grid, run_name, summarise
+from gdpd.experiments import find_runs, paired_differences, read_run, summarise
 from gdpd.experiments.demo import SEEDS, demo_grid, run_demo
 from gdpd.experiments.summary import Spread, best_methods, table
 from gdpd.methods import method_order
+from made_grids import made_training
 from made_runs import make_grid, make_run
 
-GRID = Grid(("GunPoint", "ItalyPowerDemand"), (0.2, 0.5), ("base", "gdpd"), (1, 2), {"epochs": 3})
-
-
-@pytest.fixture
-def made_training(monkeypatch):
-    """Stands in for training within this process; the list holds the names of the runs carried out."""
-    carried_out = []
-
-    def run(config, folder, *, resume=False, progress=None):
-        assert resume
-        carried_out.append(folder.name)
-        if config.method == "gdpd" and config.seed == 666:
-            raise ValueError("no such luck")
-        shutil.rmtree(folder, ignore_errors=True)
-        assert make_run(folder.parent, **config.to_dict()) == folder
-        return {}
-
-    monkeypatch.setattr(gdpd.training, "run", run)
-    return carried_out
-
-
-def test_a_grid_is_every_combination_with_one_teacher_per_dataset_and_seed(tmp_path):
-    runs = GRID.runs(tmp_path)
-    assert len({run.name for run in runs}) == len(runs) == 2 * 2 * 2 * 2
-    assert {run.teacher for run in runs} == {(d, s) for d in GRID.datasets for s in GRID.seeds}
-    assert {run.config.teacher_dir for run in runs} == {str(tmp_path / "teachers")}
-    assert all(run.config.epochs == 3 for run in runs)
-
-
-def test_options_of_one_dataset_win_over_common_ones(tmp_path):
-    grid = Grid(("A", "B"), (0.5,), ("base",), (1,), {"epochs": 3}, {"B": {"epochs": 4}})
-    assert [run.config.epochs for run in grid.runs(tmp_path)] == [3, 4]
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [({"seeds": ()}, "seeds is empty"), ({"earliness": (0.2, 0.2)}, "twice")],
-)
-def test_an_empty_or_doubled_axis_is_refused(changes, words):
-    axes = {"datasets": ("A",), "earliness": (0.5,), "methods": ("base",), "seeds": (1,), **changes}
-    with pytest.raises(ValueError, match=words):
-        Grid(**axes)
-
-
-def test_a_bad_option_is_found_before_any_run(tmp_path):
-    with pytest.raises(ValueError, match="did you mean 'epochs'"):
-        Grid(("A",), (0.5,), ("base",), (1,), {"epoch": 3}).runs(tmp_path)
-
-
-def test_run_names_of_paths_are_the_dataset_alone():
-    assert run_name(RunConfig(dataset="some/where/Wafer", earliness=0.25)) == "Wafer-e0.25-gdpd-s1"
-
-
-def test_a_grid_goes_on_where_it_stopped(tmp_path, made_training):
-    runs = GRID.runs(tmp_path)
-    run_grid(runs[:5], tmp_path, workers=0)
-    made_training.clear()
-    outcomes = run_grid(runs, tmp_path, workers=0)
-    assert made_training == [run.name for run in runs[5:]]
-    assert [outcome.status for outcome in outcomes] == ["skipped"] * 5 + ["done"] * 11
-    assert [outcome.run for outcome in outcomes] == runs
-
-
-def test_a_failed_run_stops_no_other_and_keeps_its_reason(tmp_path, made_training):
-    grid = Grid(("A",), (0.5,), ("base", "gdpd", "kd"), (666,), {"epochs": 3})
-    heard = []
-    outcomes = run_grid(grid.runs(tmp_path), tmp_path, workers=0, on_outcome=heard.append)
-    assert [outcome.status for outcome in outcomes] == ["done", "failed", "done"]
-    assert outcomes[1].reason == "ValueError: no such luck"
-    assert heard == outcomes
-
-
-def test_a_finished_run_with_other_options_is_not_taken_for_ours(tmp_path, made_training):
-    run_grid(GRID.runs(tmp_path), tmp_path, workers=0)
-    other = Grid(GRID.datasets, GRID.earliness, GRID.methods, GRID.seeds, {"epochs": 5})
-    with pytest.raises(ValueError, match="epochs is 3 there and 5 now"):
-        run_grid(other.runs(tmp_path), tmp_path, workers=0)
-
-
-@pytest.mark.parametrize("bad", [{"workers": -1}, {"threads": 0}])
-def test_worker_and_thread_counts_are_checked(tmp_path, bad):
-    with pytest.raises(ValueError, match=next(iter(bad))):
-        run_grid(GRID.runs(tmp_path), tmp_path, **bad)
-
-
-def test_worker_processes_train_with_pinned_threads_and_share_teachers(tmp_path):
-    options = {"hidden": 4, "layers": 1}
-    grid = Grid(
-        ("ItalyPowerDemand",), (0.5,), ("base", "gdpd"), (1,),
-        {
-            "epochs": 2, "teacher_epochs": 2, "teacher_retries": 0, "teacher_model": "lstm", "student_model": "lstm",
-            "teacher_options": options, "student_options": options, "resample_to": None,
-        },
-    )  # fmt: skip
-    before = os.environ.get("OMP_NUM_THREADS")
-    outcomes = run_grid(grid.runs(tmp_path), tmp_path, workers=2, threads=1)
-    assert [outcome.status for outcome in outcomes] == ["done", "done"], outcomes
-    assert os.environ.get("OMP_NUM_THREADS") == before
-    records = [read_run(outcome.folder) for outcome in outcomes]
-    assert {record.versions["threads"] for record in records} == {1}
-    assert len({(record.folder / "teacher.safetensors").read_bytes() for record in records}) == 1
-    again = run_grid(grid.runs(tmp_path), tmp_path, workers=2)
-    assert [outcome.status for outcome in again] == ["skipped", "skipped"]
-
-
-def _die(config, folder):
-    os._exit(9)
-
-
-def test_a_worker_that_dies_fails_its_runs_and_ends(tmp_path, monkeypatch):
-    from gdpd.experiments import runner
-
-    monkeypatch.setattr(runner, "_carry_out", _die)
-    grid = Grid(("A",), (0.5,), ("base", "kd"), (1,))
-    outcomes = run_grid(grid.runs(tmp_path), tmp_path, workers=1)
-    assert [outcome.status for outcome in outcomes] == ["failed", "failed"]
-    assert "worker died" in outcomes[0].reason
-    assert "not started" in outcomes[1].reason
+__all__ = ["made_training"]  # a fixture
 
 
 def test_rows_are_means_over_seeds_and_teachers_count_once(tmp_path):
@@ -233,18 +113,19 @@ def test_the_demo_prints_its_table_and_writes_its_report(tmp_path, made_training
     console = Console(width=100, record=True, file=io.StringIO())
     assert run_demo(tmp_path / "demo", seeds=1, workers=0, threads=1, console=console)
     text = console.export_text()
-    assert "GunPoint, 20 % read, GDPD, seed 1" in text
+    assert "GunPoint, 20 % read, gdpd, seed 1" in text
     assert "One seed." in text
     assert (tmp_path / "demo" / "report.html").is_file()
-    assert len(made_training) == 12
+    assert len(made_training.runs) == 12
+    assert run_demo(tmp_path / "demo", seeds=1, workers=0, threads=1, console=console)
+    assert len(made_training.runs) == 12
 
 
-def test_a_demo_with_failed_runs_says_so(tmp_path, monkeypatch):
-    def run(*_, **__):
-        raise ValueError("broken")
-
-    monkeypatch.setattr(gdpd.training, "run", run)
+def test_a_demo_with_failed_runs_says_so(tmp_path, made_training):
+    made_training.broken.add("base")
+    made_training.broken.add("kd")
+    made_training.broken.add("gdpd")
     console = Console(width=100, record=True, file=io.StringIO())
     assert not run_demo(tmp_path, seeds=1, workers=0, threads=1, console=console)
-    assert "ValueError: broken" in console.export_text()
-    assert json.dumps(sorted(tmp_path.iterdir()), default=str) == "[]"
+    assert "ValueError: no such luck" in console.export_text()
+    assert list((tmp_path / "runs").rglob("metrics.json")) == []

@@ -1,0 +1,153 @@
+"""A grid's YAML file and the command `gdpd grid`: read, checked before the first job, failures summed up."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import signal
+
+import pytest
+import yaml
+from rich.console import Console
+
+from gdpd.cli import main
+from gdpd.experiments import grid_command, read_grid, read_results
+from gdpd.experiments.preflight import preflight
+from made_grids import made_training
+
+__all__ = ["made_training"]  # a fixture
+
+FILE = {
+    "datasets": ["ItalyPowerDemand", "Coffee"],
+    "earliness": [0.2, 1],
+    "seeds": [1, 24],
+    "methods": {
+        "kd": {"search": {"loss_ratio": [0.1, 1, 10]}},
+        "gdpd-paper": {"method": "gdpd", "options": {"hinton": False}, "search": {"num_samples": [1, 2, 3]}},
+    },
+    "options": {"epochs": 4},
+    "per_dataset": {"Coffee": {"epochs": 6}},
+    "search_score": "ce",
+}
+
+
+def write(path, **changes):
+    file = path / "grid.yaml"
+    file.write_text(
+        yaml.safe_dump({key: value for key, value in {**FILE, **changes}.items() if value is not None}, sort_keys=False)
+    )
+    return file
+
+
+def test_a_file_says_what_the_grid_is(tmp_path):
+    grid = read_grid(write(tmp_path))
+    assert (grid.datasets, grid.earliness, grid.seeds) == (("ItalyPowerDemand", "Coffee"), (0.2, 1.0), (1, 24))
+    assert grid.methods == ("kd", "gdpd-paper")
+    assert grid.search_score == "ce"
+    jobs = grid.jobs()
+    assert len(jobs) == 2 * 2 * 2 * 2 * 3
+    assert {job.config.epochs for job in jobs if job.key.dataset == "Coffee"} == {6}
+    assert {job.config.num_samples for job in jobs if job.label == "gdpd-paper"} == {1, 2, 3}
+    assert {job.config.hinton for job in jobs if job.label == "gdpd-paper"} == {False}
+
+
+def test_methods_may_be_a_list_of_names(tmp_path):
+    assert read_grid(write(tmp_path, methods=["base", "kd"])).methods == ("base", "kd")
+
+
+BAD = [
+    ({"dataset": ["A"]}, "unknown key 'dataset' .did you mean 'datasets'"),
+    ({"seeds": None}, "seeds is missing"),
+    ({"seeds": 1}, "seeds=1 is not a list of int"),
+    ({"seeds": [True]}, "is not a list of int"),
+    ({"earliness": ["half"]}, "is not a list of int or float"),
+    ({"earliness": [1.5]}, "earliness=1.5 is outside"),
+    ({"methods": ["gdp"]}, "method='gdp' is not known .did you mean 'gdpd'"),
+    ({"methods": {"kd": {"option": {}}}}, "methods.kd has an unknown key 'option' .did you mean 'options'"),
+    ({"methods": {"kd": ["search"]}}, "methods.kd holds a list"),
+    ({"methods": {"kd": {"options": {"temprature": 3}}}}, "'temprature' .did you mean 'temperature'"),
+    ({"methods": {"kd": {"search": {"loss_ratio": [1, -1]}}}}, "loss_ratio=-1"),
+    ({"options": {"epoch": 3}}, "'epoch' .did you mean 'epochs'"),
+    ({"options": {"epochs": "many"}}, "epochs='many'"),
+    ({"per_dataset": {"Cofee": {}}}, "did you mean 'Coffee'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), BAD)
+def test_bad_files_are_refused_with_what_is_wrong(tmp_path, capsys, changes, words):
+    file = write(tmp_path, **changes)
+    assert main(["grid", str(file)]) == 2
+    told = capsys.readouterr().err
+    assert str(file) in told
+    assert re.search(words, told), told
+    assert not (tmp_path / "grid").exists()
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", ""])
+def test_what_is_no_mapping_is_refused(tmp_path, text):
+    (tmp_path / "grid.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"grid\.yaml"):
+        read_grid(tmp_path / "grid.yaml")
+
+
+def test_a_data_set_that_is_not_there_is_found_before_any_job(tmp_path, capsys):
+    file = write(tmp_path, datasets=["ItalyPowerDemand", "ItalyPower"], per_dataset=None)
+    assert main(["grid", str(file), "--dry-run"]) == 2
+    assert "close to it: ItalyPowerDemand" in capsys.readouterr().err
+
+
+def test_sizes_that_do_not_fit_are_found_before_any_job(tmp_path):
+    options = {"student_options": {"hidden": 6}, "student_model": "lstm", "method_options": {"nothing": 1}}
+    grid = read_grid(
+        write(tmp_path, options={**FILE["options"], **options}, datasets=["ItalyPowerDemand"], per_dataset=None)
+    )
+    with pytest.raises(ValueError, match=r"kd on ItalyPowerDemand: .*no option 'nothing'.*; gdpd-paper on Italy"):
+        preflight(grid.jobs())
+
+
+def test_a_dry_run_says_what_is_left_and_does_nothing(tmp_path, made_training, capsys):
+    assert main(["grid", str(write(tmp_path)), "--dry-run"]) == 0
+    assert "48 jobs, 48 of them to be done" in capsys.readouterr().out
+    assert made_training.runs == []
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_command_prints_the_table_and_sums_failures_up(tmp_path, made_training, capsys, monkeypatch, broken):
+    monkeypatch.setattr("gdpd.cli.app._console", lambda: Console(width=120, highlight=False))
+    if broken:
+        made_training.broken.add("gdpd")
+    assert main(["grid", str(write(tmp_path)), "--workers", "0"]) == (1 if broken else 0)
+    told = capsys.readouterr().out
+    assert len(read_results(tmp_path / "grid")) == (24 if broken else 48)
+    assert ("24 of 48 jobs failed" in told) == broken
+    assert told.count("no such luck") == (48 if broken else 0)  # as it happens, and in the summary
+    assert "ItalyPowerDemand" in told
+    made_training.runs.clear()
+    made_training.broken.clear()
+    assert main(["grid", str(write(tmp_path)), "--workers", "0"]) == 0
+    assert len(made_training.runs) == (24 if broken else 0)
+    assert "were in the table already" in capsys.readouterr().out
+
+
+def test_a_terminated_grid_exports_its_table_and_goes_on(tmp_path, made_training, monkeypatch):
+
+    plain, killed = made_training.run, []
+
+    def run(*arguments, **options):
+        if len(made_training.runs) == 7 and not killed:
+            killed.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr("gdpd.training.run", run)
+    before = signal.getsignal(signal.SIGTERM)
+    arguments = {"workers": 0, "threads": 1, "ray": None, "keep_runs": False, "dry_run": False}
+    console = Console(file=io.StringIO())
+    with pytest.raises(KeyboardInterrupt):
+        grid_command.run(read_grid(write(tmp_path)), tmp_path / "out", **arguments, console=console)
+    assert signal.getsignal(signal.SIGTERM) is before
+    (tmp_path / "out" / "results.sqlite").unlink()
+    assert len(read_results(tmp_path / "out")) == 7
+    assert grid_command.run(read_grid(write(tmp_path)), tmp_path / "out", **arguments, console=console)
+    assert len(made_training.runs) == 48
