@@ -17,7 +17,9 @@ from gdpd.experiments.summary import (
 )
 from gdpd.methods import TEACHER, method_order, method_title
 from gdpd.report import charts, gather
-from gdpd.report.svg import METHOD_COLOURS
+from gdpd.report.settings import settings, versions
+from gdpd.report.svg import css_name, other_methods
+from gdpd.report.template import check_installed, write_page
 
 
 def build_report(folders: Iterable[Path], output: Path, title: str | None = None) -> Path:
@@ -36,47 +38,32 @@ def build_report(folders: Iterable[Path], output: Path, title: str | None = None
         ImportError: jinja2 or matplotlib is not installed; they come with the extra "report".
         OSError: the page cannot be written; nothing half-written is left.
     """
-    try:
-        import jinja2
-        import markupsafe
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f'the report needs {error.name}: pip install "gdpd-kernels[report]"') from error
-    from gdpd.training.atomic import write_bytes
-
+    check_installed()
     runs = find_runs(folders)
     rows = summarise(runs)
     methods = sorted({run.method for run in runs}, key=method_order)
-    others = [method for method in methods if method not in METHOD_COLOURS]
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("gdpd", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["svg"] = markupsafe.Markup
-    page = environment.get_template("page.html.j2").render(
+    others = other_methods(methods)
+    return write_page(
+        output,
+        "page.html.j2",
         title=title or _title(runs, methods),
         runs=runs,
         blocks=_blocks(rows),
-        css_names={method: _css_name(method, others) for method in [*methods, TEACHER]},
-        methods=[(method, method_title(method), _css_name(method, others)) for method in methods],
+        css_names={method: css_name(method, others) for method in [*methods, TEACHER]},
+        methods=[(method, method_title(method), css_name(method, others)) for method in methods],
         has_teacher=any(row.method == TEACHER for row in rows),
         seeds=sorted({run.seed for run in runs}),
         differences=_differences(rows),
         datasets=[_dataset(name, runs, rows, others) for name in dict.fromkeys(run.dataset for run in runs)],
-        settings=_settings(runs),
-        versions=_versions(runs),
+        settings=settings(runs),
+        versions=versions(runs),
     )
-    write_bytes(output, page.encode())
-    return output
 
 
 def _title(runs: Sequence[RunRecord], methods: Sequence[str]) -> str:
     datasets = list(dict.fromkeys(run.dataset for run in runs))
     named = " and ".join(datasets) if len(datasets) < 3 else f"{len(datasets)} data sets"
     return f"{named}: {', '.join(map(method_title, methods))}"
-
-
-def _css_name(method: str, others: Sequence[str]) -> str:
-    return method if method in METHOD_COLOURS else f"other{others.index(method) % 3 + 1}"
 
 
 def _blocks(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -186,33 +173,3 @@ def _gdpd(runs: Sequence[RunRecord]) -> list[RunRecord]:
 def _warmup(runs: Sequence[RunRecord]) -> int | None:
     gdpd = _gdpd(runs)
     return RunConfig.from_dict(gdpd[0].config).warmup if gdpd else None
-
-
-def _settings(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
-    """Options with one value in all runs or the several that occur, those that differ from the defaults first."""
-    listed = []
-    for option in RunConfig.describe():
-        name = option["name"]
-        values = list(dict.fromkeys(_text(run.config[name]) for run in runs if name in run.config))
-        changed = values != [_text(option["default"])]
-        if values and name not in ("teacher_dir", "data_dir"):
-            listed.append({"name": name, "values": values, "changed": changed, "help": option["help"]})
-    return sorted(listed, key=lambda row: not row["changed"])
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key}: {item}" for key, item in value.items()) or "none"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(str(item) for item in value) or "none"
-    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
-
-
-def _versions(runs: Sequence[RunRecord]) -> dict[str, str]:
-    """Plain entries of versions.json that the runs share; several values of one entry stand side by side."""
-    found: dict[str, dict[str, None]] = {}
-    for run in runs:
-        for name, value in run.versions.items():
-            if isinstance(value, (str, int, float)):
-                found.setdefault(name, {})[str(value)] = None
-    return {name: ", ".join(values) for name, values in found.items()}

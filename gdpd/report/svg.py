@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # Colours drawn with matplotlib and then replaced by the page's CSS variables, so that charts follow light and dark.
 INK, MUTED, GRID, PAPER = "#010101", "#020202", "#030303", "#040404"
 METHOD_COLOURS = {"base": "#050501", "kd": "#050502", "gdpd": "#050503", "teacher": "#050504"}
-OTHER_COLOURS = ("#050505", "#050506", "#050507")
+OTHER_COLOURS = tuple(f"#0505{number:02x}" for number in range(0x11, 0x11 + 8))
 CLASS_COLOURS = tuple(f"#0606{number:02x}" for number in range(1, 9))
 _VARIABLES = {
     INK: "--ink",
@@ -51,11 +51,21 @@ _STYLE: Any = {
 }
 
 
-def method_colour(method: str, others: list[str]) -> str:
-    """The colour of a method; methods without one of their own take turns, in the order of `others`."""
+def other_methods(methods: Sequence[str]) -> list[str]:
+    """The methods without a colour of their own, in order: they take turns."""
+    return [method for method in methods if method not in METHOD_COLOURS]
+
+
+def method_colour(method: str, others: Sequence[str]) -> str:
+    """The colour of a method; `others` are those of `other_methods`."""
     if method in METHOD_COLOURS:
         return METHOD_COLOURS[method]
     return OTHER_COLOURS[others.index(method) % len(OTHER_COLOURS)]
+
+
+def css_name(method: str, others: Sequence[str]) -> str:
+    """The CSS variable of `method_colour`, without its dashes."""
+    return _VARIABLES[method_colour(method, others)].removeprefix("--")
 
 
 @contextmanager

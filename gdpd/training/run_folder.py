@@ -32,6 +32,7 @@ from gdpd.training.denormals import flush_denormals
 from gdpd.training.graph import check_graphs_possible
 from gdpd.training.history import History, Progress
 from gdpd.training.loop import derived_seed, scores_of
+from gdpd.training.memory import peak_memory
 from gdpd.training.nvtx_ranges import nvtx_ranges
 from gdpd.training.progress import RichProgress, Several, TensorBoard
 from gdpd.training.stages import (
@@ -74,9 +75,10 @@ def run(
     Returns:
         What metrics.json holds: auc_prc (percent), accuracy, roc_auc, calibration_error, fidelity (agreement with
         the teacher), kl of the student on the test series; seconds (training of the student), seconds_per_epoch
-        (median), selected_epoch, validation (ce, accuracy, auc_prc), parameters, n_train, n_validation, n_test,
-        student_sha256; and teacher: the same scores of the teacher on full test series, validation, p_chance, weak,
-        selected_epoch, candidate, trained, seconds.
+        (median), peak_memory (largest resident memory of the process while the student trained, MiB; on a CUDA device
+        also peak_device_memory), selected_epoch, validation (ce, accuracy, auc_prc), parameters, n_train,
+        n_validation, n_test, student_sha256; and teacher: the same scores of the teacher on full test series,
+        validation, p_chance, weak, selected_epoch, candidate, trained, seconds.
 
     Raises:
         FileExistsError: the folder holds a run, and `resume` is False.
@@ -103,12 +105,13 @@ def run(
         session.teacher_home = shared_home(config, session.prepared.digest)
         session.progress = Several(listeners) if listeners and fabric.is_global_zero else None
         teacher = _teacher(session, folder)
-        distiller, selection = train_student(session, teacher)
+        with peak_memory(fabric.device) as memory:
+            distiller, selection = train_student(session, teacher)
         if fabric.is_global_zero:
             trajectory = _trajectory(session, distiller, teacher)
             distiller.student.load_state_dict(selection.weights)
             metrics = _write_results(session, folder, teacher, distiller.student, trajectory)
-            write_json(folder / "metrics.json", {**metrics, "selected_epoch": selection.epoch})
+            write_json(folder / "metrics.json", {**metrics, **memory, "selected_epoch": selection.epoch})
             if config.clean_checkpoints:
                 session.store.clear()
         fabric.barrier()

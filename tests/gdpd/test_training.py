@@ -150,6 +150,7 @@ def test_a_run_writes_its_files_and_learns(finished: tuple[RunConfig, Path, dict
     assert (metrics["n_train"], metrics["n_validation"], metrics["n_test"]) == (24, 6, 12)
     assert metrics["selected_epoch"] >= config.warmup
     assert metrics["seconds"] > 0
+    assert metrics["peak_memory"] > 30  # torch alone takes more
 
 
 def test_history_has_a_line_per_epoch_with_parts_and_alpha(finished: tuple[RunConfig, Path, dict[str, Any]]) -> None:

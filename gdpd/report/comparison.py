@@ -1,0 +1,289 @@
+"""The page of a comparison: how many methods stand over many data sets, with tests, intervals, costs and all scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gdpd.experiments.comparison import METRICS, SCORE, Comparison, Standing, compare
+from gdpd.experiments.published import DATASETS, METHODS, MODEL, PUBLISHED, SEEDS, SOURCE
+from gdpd.experiments.records import RunRecord
+from gdpd.experiments.statistics import Interval
+from gdpd.experiments.summary import METHOD_NAMES, TEACHER
+from gdpd.report import comparison_charts as charts
+from gdpd.report.settings import settings, versions
+from gdpd.report.svg import css_name, method_colour, other_methods
+from gdpd.report.template import check_installed, write_page
+
+_FOLLOWING = ("fidelity", "kl", "calibration_error")
+_COSTS = ("seconds", "seconds_per_epoch", "cpu_seconds", "peak_memory", "peak_device_memory")
+
+
+def build_comparison(runs: Iterable[RunRecord], output: Path, title: str | None = None) -> Path:
+    """Write one self-contained HTML page that compares the methods of some runs over their data sets.
+
+    Args:
+        runs: from `find_runs` or `result_records`; cells that lack a method are told and left out of ranks and means.
+        output: the file to write; replaced if it is there.
+        title: heading of the page; by default what is compared.
+
+    Returns:
+        `output`.
+
+    Raises:
+        ValueError: no run, a run given twice, one method only, or no cell that all methods have.
+        ImportError: jinja2, matplotlib or scipy is not installed; they come with the extra "report".
+        OSError: the page cannot be written; nothing half-written is left.
+    """
+    check_installed()
+    runs = list(runs)
+    found = comparable(runs)
+    others = other_methods(found.methods)
+    names = method_titles(found)
+    standings = found.standings()
+    reference = reference_method(found, standings)
+    return write_page(
+        output,
+        "comparison.html.j2",
+        title=title or f"{len(found.methods)} methods on {_several(len(found.datasets), 'data set')}",
+        found=found,
+        coverage=coverage(found),
+        methods=[(method, names[method], css_name(method, others)) for method in found.methods],
+        names=names,
+        css={method: css_name(method, others) for method in found.methods},
+        reference=reference,
+        standings=standings,
+        standing_rows=standing_rows(found, standings),
+        charts=_charts(found, standings, reference, names, others),
+        pairs=[(standing, found.pairs(standing, reference)) for standing in standings],
+        tables=dataset_tables(found),
+        following=metric_rows(found, _FOLLOWING),
+        costs=_cost_rows(found),
+        metrics=METRICS,
+        published=published_rows(found, runs, standings),
+        paper={"source": SOURCE, "datasets": DATASETS, "seeds": SEEDS, "model": MODEL},
+        settings=settings(runs),
+        versions=versions(runs),
+    )
+
+
+def comparable(runs: Iterable[RunRecord]) -> Comparison:
+    """`compare`, which has something to compare.
+
+    Raises:
+        ValueError: as `compare`; one method only, or no cell that all methods have.
+    """
+    found = compare(runs)
+    if len(found.methods) < 2:
+        raise ValueError(
+            f"the runs are all of the method {found.methods[0]!r}; a comparison takes two or more. "
+            "The report on single runs is `gdpd report --runs`."
+        )
+    if not found.complete.any():
+        lacking = ", ".join(f"{method} {count}" for method, count in found.missing().items())
+        raise ValueError(
+            f"no data set at any earliness has a seed that all of {', '.join(found.methods)} have (runs missing: "
+            f"{lacking}). Finish the grid, or give the runs of fewer methods."
+        )
+    return found
+
+
+def method_titles(found: Comparison) -> dict[str, str]:
+    """Methods by name, as tables write them."""
+    return {method: METHOD_NAMES.get(method, method) for method in found.methods}
+
+
+def reference_method(found: Comparison, standings: Sequence[Standing]) -> str:
+    """The method that the others are set against: GDPD, or without it the one of best average rank."""
+    return "gdpd" if "gdpd" in found.methods else found.methods[int(np.argmin(standings[-1].ranks))]
+
+
+def coverage(found: Comparison) -> dict[str, Any]:
+    """How much of the grid there is: runs and cells, and which cells lack which methods."""
+    lacking = []
+    for dataset, share in np.argwhere(~found.complete):
+        absent = [
+            method for place, method in enumerate(found.methods) if not found.present[dataset, share, :, place].any()
+        ]
+        why = f"no run of {', '.join(absent)}" if absent else "no seed that all methods have"
+        lacking.append((found.datasets[dataset], found.earliness[share], why))
+    return {
+        "runs": int(found.present.sum()),
+        "of_runs": found.present.size,
+        "unpaired": int(found.present.sum() - found.paired.sum() * len(found.methods)),
+        "cells": int(found.complete.sum()),
+        "of_cells": found.complete.size,
+        "lacking": lacking,
+    }
+
+
+def standing_rows(found: Comparison, standings: Sequence[Standing]) -> list[dict[str, Any]]:
+    """Per method and standing: average AUC-PRC, average rank and first places, the best of each marked."""
+    rows = []
+    for place, method in enumerate(found.methods):
+        cells = [
+            {
+                "auc_prc": standing.mean[place],
+                "rank": standing.ranks[place],
+                "first_places": standing.first_places[place],
+                "best": standing.mean[place] == standing.mean.max(),
+                "best_rank": standing.ranks[place] == standing.ranks.min(),
+            }
+            for standing in standings
+        ]
+        rows.append({"method": method, "cells": cells})
+    return rows
+
+
+def dataset_tables(found: Comparison) -> list[dict[str, Any]]:
+    """Per earliness, a row per data set: mean and standard deviation over seeds of each method, the best marked.
+
+    Cells that are not complete show what there is, over a method's own seeds, and count in no average.
+    """
+    tables = []
+    for place, share in enumerate(found.earliness):
+        rows = []
+        for number, dataset in enumerate(found.datasets):
+            complete = bool(found.complete[number, place])
+            values = found.values[SCORE][number, place]  # [seeds, methods]
+            if complete:
+                values = np.where(found.paired[number, place][:, None], values, np.nan)
+            cells = [_mean_and_spread(column) for column in values.T]
+            means = [round(cell[0], 9) for cell in cells if cell is not None]
+            best = max(means) if complete else None
+            rows.append(
+                {
+                    "dataset": dataset,
+                    "complete": complete,
+                    "cells": [(cell, cell is not None and round(cell[0], 9) == best) for cell in cells],
+                }
+            )
+        tables.append({"earliness": share, "rows": rows, "standing": found.standing(share)})
+    return tables
+
+
+def metric_rows(found: Comparison, metrics: Sequence[str]) -> dict[str, list[float]]:
+    """Mean of each metric over the complete cells, by method; metrics that no cell has for all are left out."""
+    means = {metric: found.cell_mean(metric) for metric in metrics}
+    return {metric: mean.tolist() for metric, mean in means.items() if mean is not None}
+
+
+def published_rows(
+    found: Comparison, runs: Sequence[RunRecord], standings: Sequence[Standing]
+) -> dict[str, Any] | None:
+    """The paper's numbers beside these, where networks, methods and earliness are the paper's; else None.
+
+    Ranks are told only where the comparison is among the paper's four methods: a rank among others is another number.
+    """
+    models = {(run.config.get("teacher_model"), run.config.get("student_model")) for run in runs}
+    beside = [standing for standing in standings if standing.earliness in PUBLISHED]
+    methods = [method for method in METHODS if method in found.methods]
+    if models != {(MODEL, MODEL)} or not beside or len(methods) < 2:
+        return None
+    rows = []
+    for method in methods:
+        place = found.methods.index(method)
+        cells = [(standing.mean[place], PUBLISHED[standing.earliness or 0][method]) for standing in beside]
+        rows.append({"method": method, "cells": cells})
+    return {"standings": beside, "rows": rows, "seeds": len(found.seeds), "datasets": len(found.datasets)}
+
+
+def _cost_rows(found: Comparison) -> dict[str, Any]:
+    means = metric_rows(found, _COSTS)
+    against = found.methods[0]
+    ratios = {metric: found.cost_ratios(metric, against) for metric in means}
+    return {"means": means, "ratios": ratios, "against": against}
+
+
+def _charts(
+    found: Comparison, standings: Sequence[Standing], reference: str, names: dict[str, str], others: Sequence[str]
+) -> dict[str, Any]:
+    colours = [method_colour(method, others) for method in found.methods]
+    titles = [names[method] for method in found.methods]
+    baseline = found.methods[0]
+
+    def lines(metric: str, relative_to: str | None = None) -> list[charts.Line]:
+        intervals = [found.interval(share, metric, relative_to) for share in found.earliness]
+        made = []
+        for place, method in enumerate(found.methods):
+            if method != relative_to:
+                bounds = [_column(intervals, bound, place) for bound in Interval._fields]
+                made.append(charts.Line(titles[place], colours[place], *bounds))
+        return made
+
+    # The mean over earliness first: the others differ from it in detail.
+    tested = [(standing, standing.test) for standing in [*standings[-1:], *standings[:-1]] if standing.test is not None]
+    made: dict[str, Any] = {
+        "scores": charts.over_earliness(
+            "scores",
+            found.earliness,
+            lines(SCORE),
+            "AUC-PRC %",
+            level=("Teacher", method_colour(TEACHER, others), _teacher_level(found)),
+        ),
+        "baseline": names[baseline],
+        "over_baseline": charts.over_earliness(
+            "over-baseline", found.earliness, lines(SCORE, baseline), "AUC-PRC, points gained", zero=names[baseline]
+        ),
+        "diagrams": [
+            (standing, charts.critical_difference(f"cd-{number}", titles, colours, test))
+            for number, (standing, test) in enumerate(tested)
+        ],
+        "following": [
+            (metric, charts.over_earliness(metric, found.earliness, lines(metric), _axis(metric)))
+            for metric in _FOLLOWING
+            if metric in found.values
+        ],
+        "gains": [],
+    }
+    for other in dict.fromkeys(method for method in (baseline, "kd", "gendd") if method in found.methods):
+        if other != reference:
+            named, points = _gains(found, reference, other)
+            label = f"AUC-PRC of {names[reference]} minus {names[other]}, points"
+            colour = method_colour(reference, others)
+            svg = charts.gains(f"gains-{other}", named, found.earliness, points, label, colour)
+            made["gains"].append((names[other], svg))
+    return made
+
+
+def _gains(found: Comparison, reference: str, other: str) -> tuple[list[str], np.ndarray]:
+    """Differences [data sets, earliness] of the data sets that have any, largest mean first."""
+    mine, theirs = found.methods.index(reference), found.methods.index(other)
+    points = np.full(found.complete.shape, np.nan)
+    for place, share in enumerate(found.earliness):
+        standing = found.standing(share)
+        if standing is not None:
+            rows = [found.datasets.index(name) for name in standing.datasets]
+            points[rows, place] = standing.scores[:, mine] - standing.scores[:, theirs]
+    kept = np.flatnonzero(np.isfinite(points).any(axis=1))
+    kept = kept[np.argsort(-np.nanmean(points[kept], axis=1), kind="stable")]
+    return [found.datasets[row] for row in kept], points[kept]
+
+
+def _teacher_level(found: Comparison) -> float:
+    known = found.teachers[np.isfinite(found.teachers).any(axis=1)]
+    return float(np.nanmean(known, axis=1).mean()) if len(known) else float("nan")
+
+
+def _column(intervals: Sequence[Interval | None], bound: str, place: int) -> np.ndarray:
+    return np.array([np.nan if found is None else getattr(found, bound)[place] for found in intervals])
+
+
+def _mean_and_spread(values: np.ndarray) -> tuple[float, float | None] | None:
+    """Mean and sample standard deviation of what is there."""
+    there = values[np.isfinite(values)]
+    if not len(there):
+        return None
+    return float(there.mean()), float(there.std(ddof=1)) if len(there) > 1 else None
+
+
+def _axis(metric: str) -> str:
+    told = METRICS[metric]
+    return f"{told.title}, {told.unit}"
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count} {what}{'s' if count != 1 else ''}"
