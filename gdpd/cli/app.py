@@ -172,22 +172,51 @@ def info() -> None:
 def report(
     folders: Annotated[
         list[Path] | None,
-        typer.Argument(help="Run folders, or folders that hold runs.", show_default="runs"),
+        typer.Argument(help="Folders of runs or of grids, or folders that hold runs.", show_default="runs"),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="HTML file to write.", show_default="report.html in the first folder")
+        list[Path] | None,
+        typer.Option(
+            help="File to write; may be given several times. Of a comparison also .csv (every cell) and .tex (tables).",
+            show_default="report.html in the first folder",
+        ),
     ] = None,
     title: Annotated[
         str | None, typer.Option(help="Heading of the page.", show_default="the datasets and methods found")
     ] = None,
+    comparison: Annotated[
+        bool | None,
+        typer.Option(
+            "--comparison/--runs",
+            help="Compare methods over data sets, or show each run: curves, alpha, trajectories.",
+            show_default="comparison of a grid's table, or of three data sets and more",
+        ),
+    ] = None,
 ) -> None:
     """Print the table of some finished runs and write one self-contained HTML report about them."""
     from gdpd.experiments import find_runs, summarise
-    from gdpd.report import build_report
+    from gdpd.experiments.comparison import compare, find_records, table
+    from gdpd.report import build_comparison, build_report
 
     folders = folders or [Path("runs")]
-    _print_rows(summarise(find_runs(folders)))
-    typer.echo(f"report: {build_report(folders, output or folders[0] / 'report.html', title)}")
+    outputs = output or [folders[0] / "report.html"]
+    if comparison is False:
+        compared, runs = False, find_runs(folders)
+    else:
+        of_grid, runs = find_records(folders)
+        several = len({run.method for run in runs}) > 1
+        compared = comparison or (several and (of_grid or len({run.dataset for run in runs}) > 2))
+    if compared:
+        _console().print(table(compare(runs)))
+        for path in outputs:
+            typer.echo(f"report: {build_comparison(runs, path, title)}")
+        return
+    for path in outputs:
+        if path.suffix.lower() in (".csv", ".tex"):
+            raise ValueError(f"output={path}: tables in {path.suffix} are of a comparison; add --comparison")
+    _print_rows(summarise(runs))
+    for path in outputs:
+        typer.echo(f"report: {build_report(folders, path, title)}")
 
 
 @app.command()

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from gdpd.experiments.records import RunRecord
+from gdpd.experiments.records import RunRecord, find_runs
+from gdpd.experiments.results import DATABASE, TABLE, result_records
 from gdpd.experiments.statistics import (
     CriticalDifference,
     Interval,
@@ -24,31 +26,35 @@ from gdpd.experiments.statistics import (
     first_places,
     win_tie_loss,
 )
-from gdpd.experiments.summary import method_order
+from gdpd.methods import method_order, method_title
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 SCORE = "auc_prc"  # what ranks and tests are about
 
 
 class Metric(NamedTuple):
-    """How a number of metrics.json is told: its name, unit, and the factor from the file's unit to that one."""
+    """How a number of metrics.json is told: its name, in short too, its unit, and the factor from the file's unit."""
 
     title: str
+    short: str
     unit: str
     scale: float = 1.0
 
 
 METRICS = {
-    SCORE: Metric("AUC-PRC", "%"),
-    "accuracy": Metric("accuracy", "%", 100.0),
-    "roc_auc": Metric("ROC-AUC", "%", 100.0),
-    "fidelity": Metric("agreement with the teacher", "%", 100.0),
-    "kl": Metric("KL from the teacher", "nats"),
-    "calibration_error": Metric("calibration error (ECE)", "%", 100.0),
-    "seconds": Metric("training time of a run", "s"),
-    "seconds_per_epoch": Metric("training time of an epoch", "s"),
-    "cpu_seconds": Metric("processor time of a run", "s"),
-    "peak_memory": Metric("peak memory", "MiB"),
-    "peak_device_memory": Metric("peak memory on the device", "MiB"),
+    SCORE: Metric("AUC-PRC", "AUC-PRC", "%"),
+    "accuracy": Metric("accuracy", "accuracy", "%", 100.0),
+    "roc_auc": Metric("ROC-AUC", "ROC-AUC", "%", 100.0),
+    "fidelity": Metric("agreement with the teacher", "agreement", "%", 100.0),
+    "kl": Metric("KL from the teacher", "KL", "nats"),
+    "calibration_error": Metric("calibration error (ECE)", "ECE", "%", 100.0),
+    "seconds": Metric("training time of a run", "run", "s"),
+    "seconds_per_epoch": Metric("training time of an epoch", "epoch", "s"),
+    "cpu_seconds": Metric("processor time of a run", "processor", "s"),
+    "peak_memory": Metric("peak memory", "memory", "MiB"),
+    "peak_device_memory": Metric("peak memory on the device", "device", "MiB"),
 }
 
 
@@ -87,6 +93,11 @@ class Pair(NamedTuple):
     counts: WinTieLoss
     gain: Interval
     p: float | None
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the gain has an interval: one data set with one seed leaves nothing to resample."""
+        return bool(np.isfinite(self.gain.low))
 
 
 @dataclass(frozen=True)
@@ -146,6 +157,12 @@ class Comparison:
         kept = has.any(axis=1)
         names = tuple(name for name, keep in zip(self.datasets, kept, strict=True) if keep)
         return names, np.where(has[kept][..., None], values[kept], np.nan)
+
+    def seeds_of(self, dataset: str, earliness: float, metric: str = SCORE) -> np.ndarray:
+        """A cell's values, [seeds, methods]: of the paired seeds where the cell is complete, else all there are."""
+        place = self.datasets.index(dataset), self.earliness.index(earliness)
+        values = self.values[metric][place]
+        return np.where(self.paired[place][:, None], values, np.nan) if self.complete[place] else values
 
     def standing(self, earliness: float | None) -> Standing | None:
         """How the methods stand there; None where no data set is complete."""
@@ -228,6 +245,52 @@ def _over_seeds(values: np.ndarray) -> np.ndarray:
     return np.asarray(np.round(np.nanmean(values, axis=1), 9))
 
 
+def find_records(paths: Iterable[Path]) -> tuple[bool, list[RunRecord]]:
+    """The runs that some paths hold, and whether any of them is a grid's table.
+
+    Args:
+        paths: a grid's folder, or the table in it: the chosen rows of the table. Any other folder: the finished runs in
+            or below it.
+
+    Raises:
+        FileNotFoundError, ValueError: as `find_runs` and `result_records`.
+    """
+    of_grid, runs, folders = False, [], []
+    for path in paths:
+        folder = path.parent if path.name in (DATABASE, TABLE) and path.is_file() else path
+        if (folder / DATABASE).is_file() or (folder / TABLE).is_file():
+            of_grid = True
+            runs += result_records(folder)
+        else:
+            folders.append(folder)
+    return of_grid, runs + (find_runs(folders) if folders else [])
+
+
+def table(found: Comparison) -> Table:
+    """Average AUC-PRC, average rank and first places of each method, as a rich table for the terminal."""
+    from rich import box
+    from rich.table import Table
+
+    standings = found.standings()
+    made = Table(header_style="bold", box=box.SIMPLE, pad_edge=False)
+    made.caption_justify = "left"
+    made.caption = (
+        f"Average AUC-PRC %, average rank (first places), by share of the series read. {found.complete.sum()} of "
+        f"{found.complete.size} cells have all methods."
+    )
+    made.add_column("method", no_wrap=True)
+    for standing in standings:
+        named = "mean" if standing.earliness is None else f"{100 * standing.earliness:g} %"
+        made.add_column(f"{named}, {len(standing.datasets)} sets", justify="right")
+    for place, method in enumerate(found.methods):
+        cells = []
+        for standing in standings:
+            told = f"{standing.mean[place]:.2f}  {standing.ranks[place]:.2f} ({standing.first_places[place]:.3g})"
+            cells.append(f"[bold]{told}[/]" if standing.mean[place] == standing.mean.max() else told)
+        made.add_row(method_title(method), *cells)
+    return made
+
+
 def compare(runs: Iterable[RunRecord]) -> Comparison:
     """The arrays of some finished runs, from `find_runs` or from a grid's table (`result_records`).
 
@@ -235,7 +298,7 @@ def compare(runs: Iterable[RunRecord]) -> Comparison:
 
     Raises:
         ValueError: no run; two runs of the same data set, earliness, method and seed; a run with an AUC-PRC that is
-            not a percentage.
+            not a percentage; one method only; no cell that all methods have.
     """
     found: dict[tuple[str, float, str, int], RunRecord] = {}
     failed = []
@@ -268,7 +331,7 @@ def compare(runs: Iterable[RunRecord]) -> Comparison:
         teachers[dataset, seed] = _number(run.teacher.get(SCORE))
         if _is_weak(run.teacher):
             weak.add((run.dataset, run.seed))
-    return Comparison(
+    made = Comparison(
         tuple(datasets),
         tuple(earliness),
         tuple(methods),
@@ -278,6 +341,18 @@ def compare(runs: Iterable[RunRecord]) -> Comparison:
         tuple(sorted(weak)),
         tuple(sorted(failed)),
     )
+    if len(methods) < 2:
+        raise ValueError(
+            f"the runs are all of the method {methods[0]!r}; a comparison takes two or more. `gdpd report --runs` "
+            "shows single runs."
+        )
+    if not made.complete.any():
+        lacking = ", ".join(f"{method} {count}" for method, count in made.missing().items())
+        raise ValueError(
+            f"no data set at any earliness has a seed that all of {', '.join(methods)} have (runs missing: {lacking}). "
+            "Finish the grid, or give the runs of fewer methods."
+        )
+    return made
 
 
 def _is_weak(teacher: Mapping[str, Any]) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,8 @@ import numpy as np
 from gdpd.experiments.comparison import METRICS, SCORE, Comparison, Standing, compare
 from gdpd.experiments.published import DATASETS, METHODS, MODEL, PUBLISHED, SEEDS, SOURCE
 from gdpd.experiments.records import RunRecord
-from gdpd.experiments.statistics import Interval
-from gdpd.experiments.summary import METHOD_NAMES, TEACHER
+from gdpd.experiments.statistics import Interval, first_places, ranks
+from gdpd.methods import TEACHER, method_title
 from gdpd.report import comparison_charts as charts
 from gdpd.report.settings import settings, versions
 from gdpd.report.svg import css_name, method_colour, other_methods
@@ -27,73 +29,97 @@ def build_comparison(runs: Iterable[RunRecord], output: Path, title: str | None 
 
     Args:
         runs: from `find_runs` or `result_records`; cells that lack a method are told and left out of ranks and means.
-        output: the file to write; replaced if it is there.
+        output: the file to write; replaced if it is there. Its suffix chooses what is written: .html the page, .tex its
+            tables for LaTeX with booktabs, to be `\\input`, .csv every cell (see `write_cells`).
         title: heading of the page; by default what is compared.
 
     Returns:
         `output`.
 
     Raises:
-        ValueError: no run, a run given twice, one method only, or no cell that all methods have.
+        ValueError: no run, a run given twice, one method only, no cell that all methods have, or another suffix.
         ImportError: jinja2, matplotlib or scipy is not installed; they come with the extra "report".
         OSError: the page cannot be written; nothing half-written is left.
     """
     check_installed()
     runs = list(runs)
-    found = comparable(runs)
-    others = other_methods(found.methods)
-    names = method_titles(found)
-    standings = found.standings()
-    reference = reference_method(found, standings)
+    found = compare(runs)
+    suffix = output.suffix.lower()
+    if suffix == ".csv":
+        return write_cells(found, output)
+    if suffix == ".tex":
+        return write_page(output, "comparison.tex.j2", **_tables(found, runs))
+    if suffix not in (".html", ".htm"):
+        raise ValueError(f"output={output}: the suffix chooses the format; one of .html, .csv and .tex")
+    tables = _tables(found, runs)
+    others, reference = other_methods(found.methods), tables["reference"]
     return write_page(
         output,
         "comparison.html.j2",
+        **tables,
         title=title or f"{len(found.methods)} methods on {_several(len(found.datasets), 'data set')}",
-        found=found,
-        coverage=coverage(found),
-        methods=[(method, names[method], css_name(method, others)) for method in found.methods],
-        names=names,
+        methods=[(method, tables["names"][method], css_name(method, others)) for method in found.methods],
         css={method: css_name(method, others) for method in found.methods},
-        reference=reference,
-        standings=standings,
-        standing_rows=standing_rows(found, standings),
-        charts=_charts(found, standings, reference, names, others),
-        pairs=[(standing, found.pairs(standing, reference)) for standing in standings],
-        tables=dataset_tables(found),
-        following=metric_rows(found, _FOLLOWING),
-        costs=_cost_rows(found),
-        metrics=METRICS,
-        published=published_rows(found, runs, standings),
+        charts=_charts(found, tables["standings"], reference, tables["names"], others),
         paper={"source": SOURCE, "datasets": DATASETS, "seeds": SEEDS, "model": MODEL},
         settings=settings(runs),
         versions=versions(runs),
     )
 
 
-def comparable(runs: Iterable[RunRecord]) -> Comparison:
-    """`compare`, which has something to compare.
+def _tables(found: Comparison, runs: Sequence[RunRecord]) -> dict[str, Any]:
+    """What the tables of the page and those in LaTeX are made from."""
+    standings = found.standings()
+    reference = reference_method(found, standings)
+    return {
+        "found": found,
+        "coverage": coverage(found),
+        "names": {method: method_title(method) for method in found.methods},
+        "reference": reference,
+        "standings": standings,
+        "standing_rows": standing_rows(found, standings),
+        "pairs": [(standing, found.pairs(standing, reference)) for standing in standings],
+        "tables": dataset_tables(found),
+        "following": metric_rows(found, _FOLLOWING),
+        "costs": _cost_rows(found),
+        "metrics": METRICS,
+        "published": published_rows(found, runs, standings),
+    }
 
-    Raises:
-        ValueError: as `compare`; one method only, or no cell that all methods have.
+
+def write_cells(found: Comparison, output: Path) -> Path:
+    """Every cell as a row of a CSV file, so that averages are one `groupby` away, and return its path.
+
+    Columns: dataset, earliness, method, seeds (how many), rank and first_place among the methods (empty where the cell
+    is not complete), then mean and sample standard deviation (`_std`) over seeds of each metric in the units of
+    `gdpd.experiments.comparison.METRICS`. A complete cell has the seeds that all methods have, others a method's own.
     """
-    found = compare(runs)
-    if len(found.methods) < 2:
-        raise ValueError(
-            f"the runs are all of the method {found.methods[0]!r}; a comparison takes two or more. "
-            "The report on single runs is `gdpd report --runs`."
-        )
-    if not found.complete.any():
-        lacking = ", ".join(f"{method} {count}" for method, count in found.missing().items())
-        raise ValueError(
-            f"no data set at any earliness has a seed that all of {', '.join(found.methods)} have (runs missing: "
-            f"{lacking}). Finish the grid, or give the runs of fewer methods."
-        )
-    return found
+    from gdpd.training.atomic import write_bytes
 
-
-def method_titles(found: Comparison) -> dict[str, str]:
-    """Methods by name, as tables write them."""
-    return {method: METHOD_NAMES.get(method, method) for method in found.methods}
+    columns = ["dataset", "earliness", "method", "seeds", "rank", "first_place"]
+    columns += [name for metric in found.values for name in (metric, f"{metric}_std")]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for share in found.earliness:
+        standing = found.standing(share)
+        for dataset in found.datasets:
+            row = standing.datasets.index(dataset) if standing and dataset in standing.datasets else None
+            for place, method in enumerate(found.methods):
+                cell: dict[str, Any] = {"dataset": dataset, "earliness": share, "method": method}
+                if standing is not None and row is not None:
+                    cell["rank"] = ranks(standing.scores)[row, place]
+                    cell["first_place"] = first_places(standing.scores[[row]])[place]
+                for metric in found.values:
+                    values = found.seeds_of(dataset, share, metric)[:, place]
+                    told = _mean_and_spread(values)
+                    if metric == SCORE:
+                        cell["seeds"] = int(np.isfinite(values).sum())
+                    if told is not None:
+                        cell[metric], cell[f"{metric}_std"] = told
+                writer.writerow(cell)
+    write_bytes(output, text.getvalue().encode())
+    return output
 
 
 def reference_method(found: Comparison, standings: Sequence[Standing]) -> str:
@@ -148,10 +174,7 @@ def dataset_tables(found: Comparison) -> list[dict[str, Any]]:
         rows = []
         for number, dataset in enumerate(found.datasets):
             complete = bool(found.complete[number, place])
-            values = found.values[SCORE][number, place]  # [seeds, methods]
-            if complete:
-                values = np.where(found.paired[number, place][:, None], values, np.nan)
-            cells = [_mean_and_spread(column) for column in values.T]
+            cells = [_mean_and_spread(column) for column in found.seeds_of(dataset, share).T]
             means = [round(cell[0], 9) for cell in cells if cell is not None]
             best = max(means) if complete else None
             rows.append(
@@ -222,6 +245,7 @@ def _charts(
             found.earliness,
             lines(SCORE),
             "AUC-PRC %",
+            bands=False,
             level=("Teacher", method_colour(TEACHER, others), _teacher_level(found)),
         ),
         "baseline": names[baseline],
@@ -233,19 +257,20 @@ def _charts(
             for number, (standing, test) in enumerate(tested)
         ],
         "following": [
-            (metric, charts.over_earliness(metric, found.earliness, lines(metric), _axis(metric)))
+            (metric, charts.over_earliness(metric, found.earliness, lines(metric), _axis(metric), bands=False))
             for metric in _FOLLOWING
             if metric in found.values
         ],
         "gains": [],
     }
-    for other in dict.fromkeys(method for method in (baseline, "kd", "gendd") if method in found.methods):
-        if other != reference:
-            named, points = _gains(found, reference, other)
-            label = f"AUC-PRC of {names[reference]} minus {names[other]}, points"
-            colour = method_colour(reference, others)
-            svg = charts.gains(f"gains-{other}", named, found.earliness, points, label, colour)
-            made["gains"].append((names[other], svg))
+    rivals = [method for method in found.methods if method != reference]
+    telling = [method for method in rivals if method in (baseline, "kd", "gendd")]
+    for number, other in enumerate(telling or rivals[:1]):
+        named, points = _gains(found, reference, other)
+        label = f"AUC-PRC of {names[reference]} minus {names[other]}, points"
+        colour = method_colour(reference, others)
+        svg = charts.gains(f"gains-{number}", named, found.earliness, points, label, colour)
+        made["gains"].append((names[other], svg))
     return made
 
 

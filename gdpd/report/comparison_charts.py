@@ -72,6 +72,7 @@ def over_earliness(
     lines: Sequence[Line],
     label: str,
     *,
+    bands: bool = True,
     zero: str = "",
     level: tuple[str, str, float] | None = None,
     size: tuple[float, float] = (3.6, 2.9),
@@ -83,18 +84,22 @@ def over_earliness(
         shares: earliness values, [earliness].
         lines: the methods.
         label: of the vertical axis.
+        bands: shade between the bounds; False draws a bar at each point, for many bands that lie over one another.
         zero: says what the line at zero stands for; none is drawn for "".
         level: title, colour and value of a constant to draw dashed.
         size: width and height, inches.
     """
     with figure(*size) as (made, [axes]):
         ends: list[tuple[float, str, str]] = []
-        for line in lines:
-            if len(shares) > 1:
-                axes.fill_between(shares, line.low, line.high, color=line.colour, alpha=0.11, linewidth=0)
-            else:
-                axes.plot([*shares, *shares], [line.low[0], line.high[0]], color=line.colour, alpha=0.5, linewidth=1)
-            axes.plot(shares, line.mean, color=line.colour, marker="o", markersize=4, linewidth=1.5, zorder=3)
+        span = shares[-1] - shares[0] or 1.0
+        for number, line in enumerate(lines):
+            x = np.asarray(shares)
+            if bands and len(shares) > 1:
+                axes.fill_between(x, line.low, line.high, color=line.colour, alpha=0.11, linewidth=0)
+            else:  # a little apart, so that equal scores do not hide each other
+                x = x + (number - (len(lines) - 1) / 2) * 0.36 * span / (max(len(shares), 2) * len(lines))
+                axes.vlines(x, line.low, line.high, color=line.colour, alpha=0.6, linewidth=1)
+            axes.plot(x, line.mean, color=line.colour, marker="o", markersize=4, linewidth=1.5, zorder=3)
             last = line.mean[np.isfinite(line.mean)]
             if len(last):
                 ends.append((float(last[-1]), line.title, line.colour))
@@ -105,7 +110,7 @@ def over_earliness(
             axes.axhline(level[2], color=level[1], linestyle=(0, (4, 3)), linewidth=1)
             ends.append((level[2], level[0], level[1]))
         axes.set_xticks(shares, [f"{100 * share:.0f} %" for share in shares])
-        margin = 0.06 if len(shares) == 1 else 0.05 * (shares[-1] - shares[0])
+        margin = 0.06 if len(shares) == 1 else 0.05 * span
         axes.set_xlim(shares[0] - margin, shares[-1] + margin)
         axes.set_xlabel("share of the series read")
         axes.set_ylabel(label)

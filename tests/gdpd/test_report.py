@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -12,40 +11,7 @@ import pytest
 from gdpd.experiments import find_runs
 from gdpd.report import build_report, gather, svg
 from made_runs import make_grid, make_run
-
-
-class Page(HTMLParser):
-    """Collects what the tests ask about a page; complains about tags that do not nest."""
-
-    VOID = frozenset({"meta", "link", "br", "img"})
-
-    def __init__(self, text):
-        super().__init__()
-        self.ids, self.links, self.tags, self.open, self.text = [], [], [], [], []
-        self.feed(text)
-        assert not self.open, self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        if tag not in self.VOID:
-            self.open.append(tag)
-        for name, value in attrs:
-            if name == "id":
-                self.ids.append(value)
-            if name in ("href", "src", "xlink:href"):
-                self.links.append(value)
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        if tag not in self.VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open, f"</{tag}> closes nothing"
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data)
+from page import Page
 
 
 @pytest.fixture(scope="module")
