@@ -14,7 +14,7 @@ DATASETS = (
     "PigCVP", "BasicMotions", "JapaneseVowels", "Covid3Month_disc",
 )  # fmt: skip
 EARLINESS = (0.2, 0.4, 0.6, 0.8)
-METHODS = ("base", "kd", "fits", "gendd", "gdpd")
+METHODS = ("base", "kd", "fits", "gdpd", "gendd")
 SEEDS = (1, 24, 300)
 
 

@@ -99,7 +99,7 @@ def test_a_run_without_a_finite_score_is_missing_and_named() -> None:
     records[3] = with_score(records[3], float("nan"))
     records[8] = with_score(records[8], None)
     found = compare(records)
-    assert found.failed == ("A, 20 % read, gdpd, seed 1", "A, 20 % read, kd, seed 2")
+    assert found.failed == ("A, 20 % read, gendd, seed 1", "A, 20 % read, kd, seed 2")
     assert found.present.sum() == len(records) - 2
 
 
@@ -128,7 +128,7 @@ def test_bad_input_is_named(records, message) -> None:
 
 def test_an_earliness_that_is_not_there_and_an_unknown_suffix_are_refused(tmp_path) -> None:
     found = compare(make_records(**SMALL))
-    with pytest.raises(ValueError, match="earliness=0.3 is not in"):
+    with pytest.raises(ValueError, match=r"earliness=0\.3 is not in"):
         found.standing(0.3)
     with pytest.raises(ValueError, match="suffix chooses the format"):
         build_comparison(make_records(**SMALL), tmp_path / "report.pdf")
