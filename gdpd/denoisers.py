@@ -124,8 +124,9 @@ class BottleneckDenoiser(nn.Module):
 class WideDenoiser(nn.Module):
     """DiffKD's second denoiser (arXiv 2305.15712): h = z + E[t], widened and narrowed twice.
 
-    A → rA → A → rA → A by Linear layers with biases; a norm after each but the last, ReLU after the widening ones. Of
-    ``norm="batch"`` in training mode, the same holds as of `BottleneckDenoiser`.
+    A → rA → A → rA → A by Linear layers with biases; a norm after each but the last, ReLU after the widening ones. With
+    ``norm="batch"`` in training mode, what is said of `BottleneckDenoiser` holds here too: a step that all rows share
+    does not get past the first norm.
 
     Args:
         features: latent width A.

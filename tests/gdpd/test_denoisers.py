@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import gdpd_kernels as gk
 from gdpd.denoisers import (
     Bottleneck,
     BottleneckDenoiser,
     MLPDenoiser,
     SinusoidalEmbedding,
+    WideDenoiser,
     build_denoiser,
     denoiser_names,
 )
@@ -106,6 +108,7 @@ def all_denoisers(features: int) -> list[nn.Module]:
     return [
         BottleneckDenoiser(features, reduction=2, norm="batch"),
         BottleneckDenoiser(features, reduction=2, blocks=1, norm="layer"),
+        WideDenoiser(features, expansion=2),
         MLPDenoiser(features, hidden=(8,)),
         MLPDenoiser(features, hidden=(8, 16, 4), time_embedding="learned"),
     ]
@@ -122,10 +125,11 @@ def test_one_step_for_all_rows_is_the_same_as_the_step_repeated(features: int, b
         torch.testing.assert_close(shared, denoiser(z, torch.full((batch,), t)), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [BottleneckDenoiser, WideDenoiser])
 @pytest.mark.parametrize("norm", ["batch", "layer"])
-def test_batch_statistics_hide_a_step_that_all_rows_share(norm: str) -> None:
+def test_batch_statistics_hide_a_step_that_all_rows_share(norm: str, kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
-    denoiser, z = BottleneckDenoiser(16, norm=norm).double(), torch.randn(8, 16, dtype=torch.float64)
+    denoiser, z = kind(16, norm=norm).double(), torch.randn(8, 16, dtype=torch.float64)
 
     def difference() -> Tensor:
         return (denoiser(z, torch.tensor(0)) - denoiser(z, torch.tensor(400))).abs().max()
@@ -136,6 +140,15 @@ def test_batch_statistics_hide_a_step_that_all_rows_share(norm: str) -> None:
         assert (denoiser(z, steps) - denoiser(z, torch.tensor(0))).abs().max() > 0.1
         denoiser.eval()
     assert difference() > 0.1
+
+
+def test_a_shared_step_gets_no_gradient_through_the_sampler() -> None:
+    torch.manual_seed(0)
+    denoiser, z = BottleneckDenoiser(16).double(), torch.randn(8, 16, dtype=torch.float64)
+    gk.reverse_sample(denoiser, z, table=gk.ddim_table(), backend="reference").square().sum().backward()
+    gradients = [p.grad.norm() for name, p in denoiser.named_parameters() if p.grad is not None and "time" not in name]
+    assert denoiser.time_embedding.weight.grad is not None
+    assert float(denoiser.time_embedding.weight.grad.norm()) < 1e-12 * float(torch.stack(gradients).max())
 
 
 def test_rows_are_independent_without_batch_statistics() -> None:
@@ -218,7 +231,7 @@ def test_bad_arguments_name_their_limit() -> None:
 
 
 def test_denoisers_are_built_by_name_and_wrong_names_are_corrected() -> None:
-    assert denoiser_names() == ["bottleneck", "mlp"]
+    assert denoiser_names() == ["bottleneck", "wide", "mlp"]
     built = build_denoiser("bottleneck", 16, norm="layer", blocks=3)
     assert isinstance(built, BottleneckDenoiser)
     assert len(built.blocks) == 3
