@@ -162,7 +162,7 @@ class RunConfig:
     warmup_epochs: int | None = option(
         None,
         "Epochs of the first stage, of methods that have one (null: half of all). GDPD: the prior is learned; "
-        "Fits: the hint.",
+        "Fits: the hint; DT2W: cross-entropy alone.",
         unit="epochs",
         group="training",
     )

@@ -7,21 +7,43 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from gdpd.distillers.base import Batch, Distiller, StudentRun, hinton_loss, taught
+from gdpd.distillers.at import AT
+from gdpd.distillers.base import Batch, Distiller, StudentRun, class_logits, hinton_loss, taught
 from gdpd.distillers.base_ce import Base
 from gdpd.distillers.diffkd import DiffKD
+from gdpd.distillers.dkd import DKD
+from gdpd.distillers.dt2w import DT2W
 from gdpd.distillers.fits import Fits
 from gdpd.distillers.gdpd import GDPD
 from gdpd.distillers.gendd import GenDD
 from gdpd.distillers.kd import KD
+from gdpd.distillers.lelp import LELP
+from gdpd.distillers.pkt import PKT
+from gdpd.distillers.pld import PLD
 from gdpd.distillers.reverse import ReverseDistiller
+from gdpd.distillers.rkd import RKD
+from gdpd.distillers.taid import TAID
+from gdpd.distillers.tekap import TeKAP
+from gdpd.distillers.ttm import TTM, WTTM
+from gdpd.distillers.vid import VID
 from gdpd.methods import METHODS
 from gdpd.models import Classifier
 from gdpd.options import nearest
 
 __all__ = [
+    "AT",
+    "DKD",
+    "DT2W",
     "GDPD",
     "KD",
+    "LELP",
+    "PKT",
+    "PLD",
+    "RKD",
+    "TAID",
+    "TTM",
+    "VID",
+    "WTTM",
     "Base",
     "Batch",
     "DiffKD",
@@ -30,7 +52,9 @@ __all__ = [
     "GenDD",
     "ReverseDistiller",
     "StudentRun",
+    "TeKAP",
     "build_distiller",
+    "class_logits",
     "distiller_class",
     "distiller_names",
     "hinton_loss",

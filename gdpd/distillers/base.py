@@ -47,6 +47,16 @@ class StudentRun(NamedTuple):
     logits: Tensor
     sequence: Tensor | None
 
+    def hidden(self) -> Tensor:
+        """The hidden sequence.
+
+        Raises:
+            ValueError: the method did not ask for it.
+        """
+        if self.sequence is None:
+            raise ValueError("the student's hidden sequence was not asked for: set uses_sequences on the method.")
+        return self.sequence
+
 
 class Distiller(nn.Module):
     """Base class of the methods: a method is its loss. The student is trained in place and is all that is deployed.
@@ -176,6 +186,15 @@ def taught(batch: Batch, name: str, *shape: int | None) -> Tensor:
     return value.detach()
 
 
+def class_logits(batch: Batch, student_logits: Tensor) -> Tensor:
+    """The teacher's logits of the batch, detached, for a student with logits [batch, classes].
+
+    Raises:
+        ValueError: no teacher logits, or of another shape.
+    """
+    return _checked_logits(batch.teacher_logits, student_logits)
+
+
 def hinton_loss(student_logits: Tensor, teacher_logits: Tensor | None, temperature: float) -> Tensor:
     """T² KL(teacher ‖ student) of the softened classes, mean over the batch (Hinton et al., 2015, section 2).
 
@@ -187,6 +206,14 @@ def hinton_loss(student_logits: Tensor, teacher_logits: Tensor | None, temperatu
     Raises:
         ValueError: no teacher logits, or of another shape.
     """
+    teacher_logits = _checked_logits(teacher_logits, student_logits)
+    with span("losses"):
+        log_student = F.log_softmax(student_logits / temperature, dim=1)
+        log_teacher = F.log_softmax(teacher_logits / temperature, dim=1)
+        return temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+
+
+def _checked_logits(teacher_logits: Tensor | None, student_logits: Tensor) -> Tensor:
     if teacher_logits is None:
         raise ValueError("batch.teacher_logits is None. This method learns from the teacher's logits: fill them in.")
     if teacher_logits.shape != student_logits.shape:
@@ -194,7 +221,4 @@ def hinton_loss(student_logits: Tensor, teacher_logits: Tensor | None, temperatu
             f"the teacher's logits have shape {tuple(teacher_logits.shape)} and the student's "
             f"{tuple(student_logits.shape)}. Both must classify the same series into the same classes."
         )
-    with span("losses"):
-        log_student = F.log_softmax(student_logits / temperature, dim=1)
-        log_teacher = F.log_softmax(teacher_logits.detach() / temperature, dim=1)
-        return temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+    return teacher_logits.detach()

@@ -237,11 +237,11 @@ def test_trajectory_shows_the_way_and_changes_nothing() -> None:
 
 
 def test_every_method_is_made_by_name_and_takes_what_it_knows_of_a_run_s_options() -> None:
-    shared = {"warmup_epochs": 3, "loss_ratio": 7.0, "dataset": "none of theirs"}
+    shared = {"warmup_epochs": 3, "epochs": 6, "loss_ratio": 7.0, "dataset": "none of theirs"}
     for name in distiller_names():
         made = build_distiller(name, student(), TEACHER_DIM, shared)
         assert made.loss_ratio == (1.0 if name == "base" else 7.0)  # Base has nothing to weigh
-        assert made.warmup_epochs == (3 if name in ("fits", "gdpd") else 0)
+        assert made.warmup_epochs == (3 if name in ("fits", "dt2w", "gdpd") else 0)
 
 
 def test_unknown_method_and_unknown_option_suggest_the_nearest() -> None:

@@ -49,7 +49,7 @@ def distiller(method: str, **options: Any) -> Distiller:
     torch.manual_seed(0)
     student = build_model("lstm", in_channels=1, num_classes=2, hidden=WIDTH, layers=1)
     teacher = build_model("lstm", in_channels=1, num_classes=2, hidden=TEACHER, layers=1)
-    shared = {"warmup_epochs": 1, "backend": "reference", **options}
+    shared = {"warmup_epochs": 1, "epochs": 2, "backend": "reference", **options}
     made = build_distiller(method, student, TEACHER, shared).train()
     made.prepare(teacher, torch.randn(ROWS, TEACHER), torch.arange(ROWS) % 2)
     return made
@@ -58,6 +58,8 @@ def distiller(method: str, **options: Any) -> Distiller:
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in distiller_names()),
     ("fits", {"align": "steps", "schedule": "joint", "lengths": True}),
+    ("at", {"lengths": True}),
+    ("dt2w", {"lengths": True}),
     ("gdpd", {"freeze_prior": True, "num_samples": 2, "eta": 0.5}),
     ("gdpd", {"denoiser": "mlp", "alpha": "per_dimension"}),
     ("gdpd", {"conditioning": "guidance", "window": "full"}),
