@@ -66,10 +66,10 @@ def carry_out(config: RunConfig, teacher: dict[str, bytes], folder: str | None =
             for name in TEACHER_FILES if not (home / TEACHER_FILES[-1]).is_file() else ():
                 (home / name).write_bytes(teacher[name])
             fresh = not (home / "config.json").is_file()
-            began, peak = time.process_time(), _PeakMemory()
+            began = time.process_time()
             gdpd.training.run(config, home, resume=True)
             seconds = time.process_time() - began if fresh else None
-            return {"cpu_seconds": seconds, "peak_memory": peak.mebibytes(), **_columns(home)}
+            return {"cpu_seconds": seconds, **_columns(home)}
 
     return _told(work)
 
@@ -112,6 +112,7 @@ def _columns(folder: Path) -> dict[str, Any]:
     told = {"gdpd": __version__, **{name: versions.get(name) for name in ("torch", "python", "threads")}}
     return {
         **{name: metrics[name] for name in same},
+        "peak_memory": metrics.get("peak_memory"),
         **{f"val_{name}": metrics["validation"][name] for name in ("ce", "accuracy", "auc_prc")},
         "teacher_auc_prc": teacher["auc_prc"],
         "teacher_accuracy": teacher["accuracy"],
@@ -135,21 +136,3 @@ def _last_parts(history: list[dict[str, Any]]) -> dict[str, float]:
         )
         parts.update({f"{phase}.{name}": float(f"{value:.6g}") for name, value in found.items() if value is not None})
     return parts
-
-
-class _PeakMemory:
-    """Largest resident size of this process since the object was made, where Linux tells it."""
-
-    def __init__(self) -> None:
-        self._known = False
-        with contextlib.suppress(OSError):  # "5" resets the high-water mark, see proc(5)
-            Path("/proc/self/clear_refs").write_text("5")
-            self._known = True
-
-    def mebibytes(self) -> float | None:
-        """The size, or None where it is not known."""
-        with contextlib.suppress(OSError):
-            for line in Path("/proc/self/status").read_text().splitlines() if self._known else ():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) / 1024
-        return None
