@@ -20,6 +20,7 @@ from torch import Tensor
 
 import gdpd_kernels as gk
 from gdpd_kernels.backends import reference
+from gdpd_kernels.ops import transformed
 from gdpd_kernels.tracing import prediction_of
 
 
@@ -176,6 +177,8 @@ class DDIMPipeline:
             _note(f"model is a {type(self.model).__name__} and only an nn.Module can be captured")
         elif batch < 1:
             _note("feat has no rows")
+        elif transformed():
+            _note("a transform of torch.func (vmap, grad, jvp, ...) or forward mode is active")
         else:
             try:
                 return gk.capture(self.model, features=operator.index(channels), map_input=True)

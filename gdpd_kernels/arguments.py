@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gdpd_kernels.capture import CapturedDenoiser
+from gdpd_kernels.ops import transformed
 from gdpd_kernels.program import DenoiserProgram
 
 _COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -143,8 +144,9 @@ def check_tensor(name: str, x: object, form: str) -> None:
 
 
 def check_range(name: str, x: Tensor, low: int, high: int, why: str) -> None:
-    """Looks at the numbers themselves, so only where that makes nobody wait: not on a GPU, not in a compiled graph."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
+    """Looks at the numbers themselves, so only where that makes nobody wait and there are any: not on a GPU, not in a
+    compiled graph, not under vmap."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu" or transformed():
         return
     least, most = torch.aminmax(x)
     if not (least >= low and most <= high):  # also of NaN

@@ -9,21 +9,22 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
+from torch._C import _len_torch_function_stack
+from torch.overrides import _pop_mode, _push_mode
 
-from gdpd_kernels.backends import reference
+from gdpd_kernels.agreement import check_agreement
 from gdpd_kernels.lowering import CaptureError, Lowered, lower
 from gdpd_kernels.ops import is_plain
 from gdpd_kernels.program import DenoiserProgram
 from gdpd_kernels.prologue import Prologue
-from gdpd_kernels.tracing import Leaf, Trace, prediction_of, trace
+from gdpd_kernels.tracing import Trace, prediction_of, trace
 from gdpd_kernels.watch import Reader, Watch, hook_obstacles
 
 __all__ = ["CaptureError", "CapturedDenoiser", "capture"]
@@ -34,9 +35,6 @@ COMPILES: bool = torch.__version__ >= (2, 13)  # type: ignore[operator]
 
 _KEPT_PER_MODULE = 8  # train and eval mode, with and without a condition, ...
 _GUESSES = 6
-_CHECK_ROWS = 8
-_CHECK_STEPS = 2
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-2, torch.bfloat16: 0.5, torch.float16: 0.2}
 
 
 @dataclass(frozen=True)
@@ -76,13 +74,6 @@ def _batch_norms(module: nn.Module, recipe: _Recipe) -> list[nn.Module]:
         module.get_submodule(place) if isinstance(place, str) else recipe.untracked[place]
         for place in recipe.lowered.batch_norms
     ]
-
-
-def _find(module: nn.Module, leaf: Leaf) -> Any:
-    if not leaf.store:
-        return leaf.constant
-    owner = module.get_submodule(leaf.path) if leaf.path else module
-    return getattr(owner, leaf.key)
 
 
 @dataclass(frozen=True)
@@ -216,10 +207,23 @@ class CapturedDenoiser:
             return []
         return prologue.run(cond.shape[0], cond, self._leaves(prologue))
 
+    def call_module(self, z: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
+        """Call the module itself: a prediction [batch, features].
+
+        Args:
+            z: [batch, features].
+            t: int64 [batch], one and the same time step for all rows where the module takes it as one number.
+            cond: [batch, cond_features], or None.
+        """
+        map_input = self._recipe.key[2]
+        given = [z[:, :, None, None] if map_input else z, t if self._recipe.t_per_row else t[0]]
+        predicted: Tensor = prediction_of(self.module(*given, *([] if cond is None else [cond])))
+        return predicted.flatten(1) if map_input and isinstance(predicted, Tensor) else predicted
+
     def _leaves(self, prologue: Prologue) -> list[Tensor]:
         # A compiler has to see the way from the module to its tensors; in eager mode the short way is faster.
         if self._plan is None or torch.compiler.is_compiling():
-            return [_find(self.module, leaf) for leaf in prologue.leaves]
+            return [leaf.find(self.module) for leaf in prologue.leaves]
         return self._plan.readers[prologue].read()
 
     def __repr__(self) -> str:
@@ -312,7 +316,7 @@ def _make(module: nn.Module, key: tuple[Any, ...]) -> _Plan | _Failure:
             traced = trace(module, width, cond_features, map_input, t_per_row)
             try:
                 plan = _Plan(module, key, traced, lower(traced, width))
-                _check(CapturedDenoiser(module, plan.recipe, plan), traced, cond_features, map_input)
+                check_agreement(CapturedDenoiser(module, plan.recipe, plan), traced, cond_features, map_input)
                 return plan
             except CaptureError as error:
                 # Of two failures, the one whose run came to its end says more.
@@ -338,92 +342,24 @@ def _widths(module: nn.Module) -> Iterator[int]:
                 yield value
 
 
-def _check(captured: CapturedDenoiser, traced: Trace, cond_features: int | None, map_input: bool) -> None:
-    """Run program and module on random numbers; raise CaptureError if they differ.
-
-    The copy of the module that was traced runs, not the module. In float64 where it can, so that a difference is one
-    of meaning, not of rounding.
-    """
-    device = traced.z.meta["val"].device
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(_CHECK_ROWS, captured.program.features, generator=generator, dtype=torch.float64)
-    cond = None
-    if cond_features is not None:
-        cond = torch.randn(_CHECK_ROWS, cond_features, generator=generator, dtype=torch.float64)
-    steps = torch.arange(_CHECK_ROWS) % _CHECK_STEPS if traced.t_per_row else torch.ones(_CHECK_ROWS).long()
-    with ExitStack() as stack:
-        stack.enter_context(_disable_current_modes())
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        for dtype in (torch.float64, traced.dtype):
-            inputs = [x if x is None else x.to(device, dtype) for x in (z, cond)]
-            try:
-                expected = _run_shadow(captured.module, traced, inputs, steps.to(device), map_input)
-                found = _run_program(captured, inputs, steps.to(device))
-            except Exception:
-                # A module may insist on its own dtype; one that runs in neither says so itself when it is used.
-                continue
-            difference, scale = (found - expected).abs().max(), expected.abs().max()
-            if scale.isfinite() and difference > _TOLERANCE[dtype] * scale:
-                raise CaptureError(
-                    [
-                        f"the module: what was captured differs from it by {float(difference / scale):.1e} of the "
-                        "largest value, so its forward does something that the capture did not see"
-                    ]
-                )
-            return
-
-
-def _run_shadow(
-    module: nn.Module, traced: Trace, inputs: list[Tensor | None], steps: Tensor, map_input: bool
-) -> Tensor:
-    z, cond = inputs
-    assert z is not None
-    assert traced.shadow is not None
-    tensors = {
-        name: _cast(tensor, z.dtype).clone() for name, tensor in (*module.named_parameters(), *module.named_buffers())
-    }
-    modules = dict(traced.shadow.named_modules())
-    for leaf in traced.leaves.values():
-        if leaf.store == "__dict__":
-            setattr(modules[leaf.path], leaf.key, _cast(_find(module, leaf), z.dtype).clone())
-    arguments = [z[:, :, None, None] if map_input else z, steps if traced.t_per_row else steps[0]]
-    if cond is not None:
-        arguments.append(cond)
-    output = torch.func.functional_call(traced.shadow, tensors, tuple(arguments))
-    found: Tensor = prediction_of(output)
-    return found.flatten(1)
-
-
-def _run_program(captured: CapturedDenoiser, inputs: list[Tensor | None], steps: Tensor) -> Tensor:
-    z, cond = inputs
-    assert z is not None
-
-    def leaves(prologue: Prologue) -> list[Tensor]:
-        return [_cast(x, z.dtype) for x in captured._leaves(prologue)]
-
-    lowered = captured._recipe.lowered
-    params = lowered.params.run(0, None, leaves(lowered.params))
-    # Step by step and row by row: what couples them would give something else than in the module.
-    table_leaves, row_leaves = leaves(lowered.tables), leaves(lowered.rows)
-    by_step = [captured._tables(torch.full_like(steps[:1], step), table_leaves) for step in range(_CHECK_STEPS)]
-    tables = [_cast(torch.cat(parts)[steps], z.dtype) for parts in zip(*by_step, strict=True)]
-    by_row = [lowered.rows.run(1, row[None], row_leaves) for row in cond] if cond is not None else []
-    rows = [_cast(torch.cat(parts), z.dtype) for parts in zip(*by_row, strict=True)]
-    return reference.denoise(captured.program, z, rows, tables, params, z.dtype)
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
-
-
 # What compiled graphs refer to: by name, since a compiler can take a text for a constant, but no object.
 _in_graphs: dict[str, _Recipe | list[str]] = {}
 
 
+@contextmanager
+def _unseen() -> Iterator[None]:
+    """Without the modes by which torch.export follows functions: it would write down a capture's gradient modes."""
+    modes = [_pop_mode() for _ in range(_len_torch_function_stack())]
+    try:
+        yield
+    finally:
+        for mode in reversed(modes):
+            _push_mode(mode)
+
+
 def _recipe_name(module: nn.Module, features: int | None, cond_features: int | None, map_input: bool) -> str:
-    plan = _plan(module, (features, cond_features, map_input))
+    with _unseen():
+        plan = _plan(module, (features, cond_features, map_input))
     found = plan.reasons if isinstance(plan, _Failure) else plan.recipe
     if isinstance(found, _Recipe):
         # Worked out beforehand: a compiler cannot look into the lock that guards a cached property.

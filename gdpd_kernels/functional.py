@@ -10,7 +10,7 @@ from functools import cache, lru_cache, partial
 import torch
 from torch import Tensor, nn
 
-from gdpd_kernels import ops
+from gdpd_kernels import ops, stepwise
 from gdpd_kernels.arguments import (
     check_fit,
     check_parameters,
@@ -23,17 +23,15 @@ from gdpd_kernels.arguments import (
     precision,
     start_noise,
 )
-from gdpd_kernels.backends import BackendError, BackendFallback, Request, load, reference, resolve, saved_numel
+from gdpd_kernels.backends import BackendError, BackendFallback, Request, load, resolve, saved_numel
 from gdpd_kernels.capture import CapturedDenoiser, CaptureError, capture
 from gdpd_kernels.hidden_walk import HiddenWalk, hidden_walk
 from gdpd_kernels.passes import Rewrite, fold_batch_norm_eval, fold_time_tables
-from gdpd_kernels.philox import philox_normal, philox_words
+from gdpd_kernels.philox import philox_words
 from gdpd_kernels.program import DenoiserProgram
 from gdpd_kernels.ranges import ranged
 from gdpd_kernels.schedule import DDIMTable
-from gdpd_kernels.tracing import prediction_of
-
-Denoiser = nn.Module | CapturedDenoiser
+from gdpd_kernels.stepwise import Denoiser
 
 # Up to here forward keeps every intermediate value for backward; above, only the state of each step, and backward
 # computes a step's values again. Measured in docs/performance.md.
@@ -108,8 +106,10 @@ def reverse_sample(
 
     captured = _captured(denoiser, features, cond, backend)
     if captured is None:
-        assert isinstance(denoiser, nn.Module)
-        z_hat = _sample_module(denoiser, z_short, table, mix, noise, key, cond, samples, compute)
+        steps = _timesteps(table.timesteps, z_short.device)
+        z_hat = stepwise.reverse_sample(
+            denoiser, z_short, table, steps, mix, noise, key, cond, samples, compute
+        )
     else:
         program = captured.program
         check_fit(captured, z_short, cond, samples * batch)
@@ -196,8 +196,9 @@ def prior_loss(
 
     captured = _captured(denoiser, features, cond, backend)
     if captured is None:
-        assert isinstance(denoiser, nn.Module)
-        return _loss_module(denoiser, z_long, timesteps, noise, key, signal, sigma, cond, prediction, compute)
+        return stepwise.prior_loss(
+            denoiser, z_long, timesteps, noise, key, signal, sigma, cond, prediction, compute
+        )
     program = captured.program
     check_fit(captured, z_long, cond, batch)
     chosen = _choose(backend, program.text, z_long.device.type, z_long.dtype, compute)
@@ -261,7 +262,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def _folding_pays(program: DenoiserProgram, params: Sequence[Tensor], state_rows: int) -> bool:
     """Whether folding evaluation BatchNorms saves more than computing the folded weights costs."""
-    if state_rows < FOLDING_PAYS_FROM or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or state_rows < FOLDING_PAYS_FROM:  # in this order: no guard on the batch size
         return False
     if not any(op.kind == "batch_norm_eval" for op in program.ops):
         return False
@@ -350,11 +351,15 @@ def _save_mode(
 
 
 def _captured(denoiser: Denoiser, features: int, cond: Tensor | None, backend: str) -> CapturedDenoiser | None:
-    """The captured denoiser, or None where it cannot be captured and the reference may run the module itself."""
+    """The captured denoiser, or None where the module itself runs: it cannot be captured, or a transform is active."""
+    if not isinstance(denoiser, (nn.Module, CapturedDenoiser)):
+        raise TypeError(f"denoiser: expected an nn.Module or what capture() returns, got {type(denoiser).__name__}")
+    if ops.transformed():
+        stepwise.check_backend(backend)
+        _note_stepwise("a transform of torch.func (vmap, grad, jvp, ...) or forward mode is active")
+        return None
     if isinstance(denoiser, CapturedDenoiser):
         return denoiser.current()
-    if not isinstance(denoiser, nn.Module):
-        raise TypeError(f"denoiser: expected an nn.Module or what capture() returns, got {type(denoiser).__name__}")
     try:
         # index(), since widths are constants of a compiled graph even where all shapes are to be dynamic.
         cond_features = None if cond is None else operator.index(cond.shape[1])
@@ -363,12 +368,12 @@ def _captured(denoiser: Denoiser, features: int, cond: Tensor | None, backend: s
         if backend not in ("auto", "reference"):
             raise BackendError(f"backend {backend!r} cannot run this denoiser: {error}") from error
         if not torch.compiler.is_compiling():  # which no warning would get out of
-            _note_uncaptured(str(error))
+            _note_stepwise(str(error))
         return None
 
 
 @cache
-def _note_uncaptured(message: str) -> None:
+def _note_stepwise(message: str) -> None:
     warnings.warn(f"running the module itself, step by step: {message}", BackendFallback, stacklevel=4)
 
 
@@ -394,71 +399,3 @@ def _update_running_stats(batch_norms: Sequence[nn.Module], stats: Tensor, rows:
     # The operator, without the dispatcher's toll on forty tensors; what it would do besides is to note the mutation.
     load(backend).update_running_stats(means, variances, counters, stats, widths, momenta, rows)
     torch.autograd.graph.increment_version([*means, *variances, *counters])
-
-
-def _model(denoiser: nn.Module, cond: Tensor | None, compute: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
-    """The module as a function of state and time steps, with products in `compute` as far as autocast can do that."""
-
-    def predict(z: Tensor, t: Tensor) -> Tensor:
-        with torch.autocast(z.device.type, dtype=compute, enabled=compute != z.dtype):
-            predicted = prediction_of(denoiser(z, t) if cond is None else denoiser(z, t, cond))
-        if not isinstance(predicted, Tensor) or predicted.shape != z.shape:
-            got = tuple(predicted.shape) if isinstance(predicted, Tensor) else type(predicted).__name__
-            raise ValueError(f"denoiser: returned {got}; expected a prediction of shape {tuple(z.shape)}")
-        return predicted.to(z.dtype)
-
-    return predict
-
-
-def _sample_module(
-    denoiser: nn.Module,
-    z_short: Tensor,
-    table: DDIMTable,
-    mix: Tensor | None,
-    noise: Tensor | None,
-    key: Tensor | None,
-    cond: Tensor | None,
-    samples: int,
-    compute: torch.dtype,
-) -> Tensor:
-    """The reference loop on a module that could not be captured."""
-    batch, features = z_short.shape
-
-    def normals(step: int) -> Tensor:
-        assert key is not None
-        draws = [
-            philox_normal(key, batch, features, step=step, sample=j, dtype=z_short.dtype, device=z_short.device)
-            for j in range(samples)
-        ]
-        return torch.cat(draws)
-
-    start = z_short.repeat(samples, 1)
-    if mix is not None:
-        eps = normals(0) if noise is None else noise.reshape(samples * batch, features)
-        start = reference.noise_fused_init(start, mix.expand(batch, -1).repeat(samples, 1), eps)
-    model = _model(denoiser, None if cond is None else cond.repeat(samples, 1), compute)
-    times = _timesteps(table.timesteps, z_short.device)[:, None].expand(-1, samples * batch)
-    return reference.reverse_loop(lambda z, k: model(z, times[k]), start, table.coefficients, lambda k: normals(k + 1))
-
-
-def _loss_module(
-    denoiser: nn.Module,
-    z_long: Tensor,
-    timesteps: Tensor,
-    noise: Tensor | None,
-    key: Tensor | None,
-    signal: Tensor,
-    sigma: Tensor,
-    cond: Tensor | None,
-    prediction: str,
-    compute: torch.dtype,
-) -> Tensor:
-    """The prior's loss on a module that could not be captured."""
-    if noise is None:
-        assert key is not None
-        batch, features = z_long.shape
-        noise = philox_normal(key, batch, features, dtype=z_long.dtype, device=z_long.device)
-    signal, sigma = signal[:, None], sigma[:, None]
-    predicted = _model(denoiser, cond, compute)(signal * z_long + sigma * noise, timesteps)
-    target = {"eps": noise, "x0": z_long, "v": signal * noise - sigma * z_long}[prediction]
-    return nn.functional.mse_loss(predicted, target)

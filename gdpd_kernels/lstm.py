@@ -10,6 +10,7 @@ from torch import Tensor
 from gdpd_kernels import lstm_ops
 from gdpd_kernels.arguments import check_range, check_tensor, philox_key
 from gdpd_kernels.backends import BackendError, _warn_once, native_lstm, torch_lstm
+from gdpd_kernels.ops import transformed
 from gdpd_kernels.ranges import ranged
 
 BACKENDS = ("native", "torch", "reference")  # in the order in which "auto" tries them
@@ -96,7 +97,7 @@ def lstm(
         key = philox_key(seed, x.device) if dropout > 0 else None
         inputs = (x, h0, c0, lengths, key, params)
         precision = str(compute).removeprefix("torch.")
-        if _transformed():  # plain PyTorch, which functorch sees through
+        if transformed():  # plain PyTorch, which functorch sees through
             sequence, h_n, c_n = lstm_ops.reference_lstm.lstm(*inputs, batch_first, last, dropout, compute)
         else:
             tensors = (x, h0, c0, *params)
@@ -126,8 +127,8 @@ def reasons(backend: str, x: Tensor, compute: torch.dtype, autocast: bool = Fals
             why.append(f"compute_dtype is {compute}; it takes torch.bfloat16")
         if x.layout != torch.strided:
             why.append(f"x is laid out as {x.layout}; it takes dense tensors")
-        if _transformed():
-            why.append("a functorch transform (vmap, grad, ...) is active")
+        if transformed():
+            why.append("a transform of torch.func (vmap, grad, jvp, ...) or forward mode is active")
     elif backend == "torch":
         if compute != x.dtype and not autocast:
             why.append(f"compute_dtype is {compute}; it computes in the dtype of x, {x.dtype}")
@@ -155,7 +156,7 @@ def _choose(backend: str, x: Tensor, compute: torch.dtype, autocast: bool, seede
     native = reasons("native", x, compute)
     if not native:
         return "native"
-    chosen = "reference" if reasons("torch", x, compute, autocast, seeded) or _transformed() else "torch"
+    chosen = "reference" if reasons("torch", x, compute, autocast, seeded) or transformed() else "torch"
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         _warn_once(f"LSTM on backend {chosen!r}; 'native' cannot: {'; '.join(native)}")
     return chosen
@@ -168,10 +169,6 @@ def _native_unusable() -> list[str]:
 # Whether the compiled module is there does not change within a process: a constant to torch.compile, said as in
 # `gdpd_kernels.functional`.
 _native_unusable._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _transformed() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _compute_dtype(x: Tensor, compute_dtype: torch.dtype | None) -> torch.dtype:

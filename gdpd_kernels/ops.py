@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from gdpd_kernels.backends import load, reference, reference_backend, saved_numel
 from gdpd_kernels.backends.reference_backend import steps_of, without_autocast
@@ -88,8 +89,16 @@ def is_plain(tensor: Any) -> bool:
         type(tensor) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not transformed()
         and not torch.autograd._profiler_enabled()
+    )
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func (vmap, grad, jvp, ...) or forward-mode differentiation is active, which see
+    through plain PyTorch only."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
     )
 
 

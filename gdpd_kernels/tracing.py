@@ -67,6 +67,13 @@ class Leaf:
     def name(self) -> str:
         return f"{self.path}.{self.key}" if self.path else self.key
 
+    def find(self, module: nn.Module) -> Any:
+        """The tensor, as the module holds it now."""
+        if not self.store:
+            return self.constant
+        owner = module.get_submodule(self.path) if self.path else module
+        return getattr(owner, self.key)
+
 
 @dataclass
 class Trace:

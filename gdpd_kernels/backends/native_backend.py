@@ -9,7 +9,7 @@ import ctypes
 import os
 import re
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -65,6 +65,9 @@ def _load() -> ModuleType | str:
             "install again, or run: python setup.py build_ext --inplace"
         )
     _share_openmp(_native)
+    if hasattr(os, "register_at_fork"):
+        # The team's threads do not survive a fork, and OpenMP in the child would wait for them: it gets its own.
+        os.register_at_fork(after_in_child=partial(_native.use_openmp, 0, 0, 0))
     usable = [name for name, ok in _native.instruction_sets() if ok]
     wanted = _forced_isa()
     if wanted and wanted not in usable:

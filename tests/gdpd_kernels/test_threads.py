@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -160,28 +157,3 @@ def test_calls_from_several_threads_at_once() -> None:
         found = list(pool.map(lambda i: cases[i % 4].run("native"), range(32)))
     for i, result in enumerate(found):
         assert_identical(result, expected[i % 4])
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_forked_process_calls_on_one_thread_as_loaders_workers_do() -> None:
-    source = """
-        import os, sys, warnings, torch
-        sys.path.insert(0, "tests/gdpd_kernels")
-        from problem import sample_problem
-        from programs import bottleneck
-        warnings.simplefilter("ignore")
-        problem = sample_problem(bottleneck(100), batch=257).to(torch.float32)
-        torch.set_num_threads(2)
-        expected = problem.run("native")["grad z"]
-        child = os.fork()
-        if child == 0:
-            torch.set_num_threads(1)
-            os._exit(0 if torch.equal(problem.run("native")["grad z"], expected) else 3)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-    """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(source)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.stdout == "0\n", done.stderr
