@@ -15,9 +15,11 @@ from pathlib import Path
 
 import torch
 
-from bench import cases, figures, peak, tables
-from bench.cases import Case
-from bench.figures import Figure, Measured
+from bench import figures, peak, tables
+from bench.figures import Figure
+from gdpd_kernels.benchmark import cases
+from gdpd_kernels.benchmark.cases import Case
+from gdpd_kernels.benchmark.measure import Measured, measure
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
 GRID_HOWS = ("eager", "reference", "native", "native_bf16")
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     limits = peak.measure(pace.peak)
     _show("machine", tables.machine(limits))
     timed = {
-        case: _tell(case.name, lambda c=case: figures.measure(c, figures.TIMED[c], pace.table)) for case in wanted.table
+        case: _tell(case.name, lambda c=case: measure(c, figures.TIMED[c], pace.table)) for case in wanted.table
     }
     lines = figures.from_timings(timed, limits)
     if "memory" in wanted.extras:
@@ -114,7 +116,7 @@ def _grid(chosen: list[Case], pace: Pace, began: float) -> tuple[list[Measured],
         if time.perf_counter() - began > pace.limit:
             return found, ordered[number:]
         hows = PAPER_HOWS if case.network == "paper" else GRID_HOWS
-        found.append(_tell(case.name, lambda c=case, h=hows: figures.measure(c, h, pace.grid)))
+        found.append(_tell(case.name, lambda c=case, h=hows: measure(c, h, pace.grid)))
     order = {case: number for number, case in enumerate(chosen)}
     return sorted(found, key=lambda measured: order[measured.case]), []
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 import gdpd_kernels as gk
-from bench import cases, check, clock, memory, rivals
-from bench.cases import Case
-from bench.clock import Timing
+from bench import memory
 from bench.peak import Peak
+from gdpd_kernels.benchmark import cases, check, clock, rivals
+from gdpd_kernels.benchmark.cases import Case
+from gdpd_kernels.benchmark.clock import times
+from gdpd_kernels.benchmark.measure import Measured
 
 PAPER = Case("paper", 64, 100, 5, "trainable")
 MLP = Case("mlp", 64, 100, 10, "frozen")
@@ -27,32 +29,6 @@ TIMED: dict[Case, tuple[str, ...]] = {
     MLP_LARGE: ("eager", "compiled", "reference", "native", "native_bf16"),
     **dict.fromkeys(FORWARD, ("eager", "reference", "native", "native_bf16")),
 }
-
-
-@dataclass
-class Measured:
-    """Timings of one case, and why contenders are missing from them.
-
-    Args:
-        timings: by contender, of those that passed their check.
-        refused: contender and the check that it failed, or why it cannot run.
-        wrong: contenders that failed their check.
-    """
-
-    case: Case
-    timings: dict[str, Timing] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-    wrong: set[str] = field(default_factory=set)
-
-    def ratio(self, rival: str, how: str = "native") -> float | None:
-        """Median time of the rival over that of `how`; None if either is missing."""
-        if rival not in self.timings or how not in self.timings:
-            return None
-        return self.timings[rival].median / self.timings[how].median
-
-    def why(self, *hows: str) -> str:
-        """Why a ratio of these contenders is missing."""
-        return "; ".join(f"{how}: {self.refused[how]}" for how in hows if how in self.refused) or "not measured"
 
 
 @dataclass
@@ -73,26 +49,6 @@ class Figure:
     value: str
     met: bool | None
     spread: str = ""
-
-
-def measure(case: Case, hows: Iterable[str], seconds: float) -> Measured:
-    """Check every contender of a case, then time those that pass, in turn."""
-    measured, calls = Measured(case), {}
-    for how in hows:
-        try:
-            call = cases.prepare(case, how)
-            verdict = check.check(case, how, call)
-        except cases.Unavailable as reason:
-            measured.refused[how] = str(reason)
-            continue
-        if verdict.ok:
-            calls[how] = call
-        else:
-            measured.refused[how] = f"check failed, {verdict.text}"
-            measured.wrong.add(how)
-    if calls:
-        measured.timings = clock.interleave(calls, seconds)
-    return measured
 
 
 def speedup(measured: Measured, what: str, rival: str, target: float, how: str = "native") -> Figure:
@@ -209,10 +165,3 @@ def from_timings(found: dict[Case, Measured], peak: Peak | None) -> list[Figure]
             what = f"bfloat16 products, the same MLP, batch 1024, {direction}"
             figures.append(speedup(found[case], what, "native", 1.6, "native_bf16"))
     return figures
-
-
-def times(timing: Timing) -> str:
-    """Median and 20 to 80 % quantiles, in µs or ms."""
-    scale, unit = (1e6, "µs") if timing.median < 1e-3 else (1e3, "ms")
-    median, low, high = (f"{value * scale:.3g}" for value in (timing.median, timing.low, timing.high))
-    return f"{median} {unit} ({low}–{high})"

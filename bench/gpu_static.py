@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.cases import Case
 from bench.tables import write_between_markers
 from gdpd_kernels.backends.triton import tiling
-from gdpd_kernels.backends.triton.kernels import Recipe, Source, backward_source, forward_source
+from gdpd_kernels.backends.triton.kernels import backward_source, forward_source
+from gdpd_kernels.backends.triton.module import Recipe, Source
+from gdpd_kernels.benchmark.cases import Case
 from gdpd_kernels.program import DenoiserProgram
 
 TARGETS: dict[str, tuple[str, int | str, int]] = {
@@ -128,7 +129,7 @@ def table(cases: Sequence[str], targets: Sequence[str], precisions: Sequence[str
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; with --write, put it into docs/gpu.md."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_static", description=__doc__)
-    parser.add_argument("--case", action="append", help="a case of bench.cases; default: a few")
+    parser.add_argument("--case", action="append", help="a case of gdpd_kernels.benchmark.cases; default: a few")
     parser.add_argument("--target", action="append", choices=TARGETS, help="default: all")
     parser.add_argument("--precision", action="append", choices=("tf32", "bf16", "fp16", "ieee"), help="default: tf32")
     parser.add_argument("--write", action="store_true", help="write the table into docs/gpu.md")

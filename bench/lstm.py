@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 import gdpd_kernels as gk
-from bench.cases import Unavailable, unavailable
-from bench.clock import interleave
+from gdpd_kernels.benchmark.cases import Unavailable, unavailable
+from gdpd_kernels.benchmark.clock import by, interleave
 
 HOWS = ("torch", "native", "native_bf16")
 MODES = ("forward", "both")
@@ -132,7 +132,7 @@ def measure(case: LstmCase, seconds: float, processor: bool) -> dict[str, object
             calls[how] = prepare(case, how)
         except Unavailable as reason:
             refused[how] = str(reason)
-    timed = interleave(calls, seconds, time.thread_time if processor else time.perf_counter)
+    timed = interleave(calls, seconds, by(time.thread_time if processor else time.perf_counter))
     return {"refused": refused, "timings": {how: (t.median, t.low, t.high) for how, t in timed.items()}}
 
 

@@ -15,8 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench import cases
-from bench.cases import Case
+from gdpd_kernels.benchmark import cases
+from gdpd_kernels.benchmark.cases import Case
 
 _ROOT = Path(__file__).resolve().parents[1]
 _WARM_ROWS = 16

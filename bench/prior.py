@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 import gdpd_kernels as gk
-from bench import cases, rivals
-from bench.cases import Case
+from gdpd_kernels.benchmark import cases, rivals
+from gdpd_kernels.benchmark.cases import Case
 
 
 def eager_loss(module: torch.nn.Module, z_long: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.rivals import ReleaseBottleneck, ReleaseDenoiser, ReleaseScheduler, centre, release_sample
 from gdpd.distillers import GDPD
 from gdpd.models import LSTMClassifier
+from gdpd_kernels.benchmark.rivals import ReleaseBottleneck, ReleaseDenoiser, ReleaseScheduler, centre, release_sample
 
 
 class ReleaseLSTM(nn.Module):

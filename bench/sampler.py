@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 
-from bench import cases
-from bench.cases import Case
+from gdpd_kernels.benchmark import cases
+from gdpd_kernels.benchmark.cases import Case
 
 _RATE = 50e9
 HOWS = ("native", "native_bf16", "reference", "eager")

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import bench
-from bench.cases import Unavailable
+from gdpd_kernels.benchmark.cases import Unavailable
 
 _KINDS = ("time_", "peakmem_", "mem_", "track_")
 

@@ -17,16 +17,16 @@ from pathlib import Path
 import torch
 from lightning_fabric import Fabric
 
-from bench import cases, tables
-from bench.clock import Timing, interleave
-from bench.figures import times
+from bench import tables
 from bench.release_step import ReleaseStep
-from bench.rivals import TIME_ROWS, ReleaseScheduler
 from gdpd.config import RunConfig
 from gdpd.distillers import GDPD, Batch, build_distiller
 from gdpd.models import build_model
 from gdpd.training.step import TrainingStep
 from gdpd_kernels import arguments
+from gdpd_kernels.benchmark import cases
+from gdpd_kernels.benchmark.clock import Timing, by, interleave, times
+from gdpd_kernels.benchmark.rivals import TIME_ROWS, ReleaseScheduler
 from gdpd_kernels.philox import philox_normal
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
@@ -144,7 +144,7 @@ def measure(case: StepCase, seconds: float, now: Callable[[], float] = time.perf
         )
     contenders = {how: steps.contender(how) for how in HOWS}
     contenders["gdpd, first stage"] = steps.contender("gdpd", WARMUP)
-    return interleave(contenders, seconds, now)
+    return interleave(contenders, seconds, by(now))
 
 
 def rows(found: dict[StepCase, dict[str, Timing]]) -> tables.Rows:

@@ -6,32 +6,22 @@ import os
 import platform
 import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
-from bench import rivals
-from bench.figures import Figure, Measured, times
+from bench.figures import Figure
 from bench.peak import Peak
 from gdpd_kernels.backends import native_backend
+from gdpd_kernels.benchmark import rivals
+from gdpd_kernels.benchmark.clock import times
+from gdpd_kernels.benchmark.measure import Measured
+from gdpd_kernels.benchmark.tables import Rows, markdown, plain
 
-Rows = list[Sequence[str]]  # the first is the header
+__all__ = ["Rows", "figures", "floors", "grid", "losses", "machine", "markdown", "plain", "write_between_markers"]
 
 _LOSS = "**loss** "
-
-
-def plain(rows: Rows) -> str:
-    """Columns aligned with spaces."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * min(sum(widths) + 2 * len(widths), 200), *lines[1:]])
-
-
-def markdown(rows: Rows) -> str:
-    """A Markdown table."""
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], f"|{' --- |' * len(rows[0])}", *lines[1:]])
 
 
 def figures(found: Iterable[Figure]) -> Rows:

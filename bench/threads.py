@@ -13,9 +13,9 @@ import sys
 import torch
 
 import gdpd_kernels as gk
-from bench.cases import Case, prepare
-from bench.clock import Timing, interleave
 from gdpd_kernels.backends import native_backend
+from gdpd_kernels.benchmark.cases import Case, prepare
+from gdpd_kernels.benchmark.clock import Timing, interleave
 
 LIMIT = 1.10
 CASES = ("paper-64x100-5-trainable", "mlp-256x100-5-trainable", "mlp-1024x256-5-frozen")
@@ -26,7 +26,7 @@ def measure(name: str, seconds: float) -> dict[str, Timing]:
     """Times of torch alone, ours alone, and both in turn.
 
     Args:
-        name: a case as in `bench.cases`.
+        name: a case as in `gdpd_kernels.benchmark.cases`.
         seconds: time to spend.
     """
     ours = prepare(Case.parse(name), "native")

@@ -7,9 +7,9 @@ import pytest
 
 import gdpd_kernels as gk
 from bench import lstm, lstm_accuracy
-from bench.cases import unavailable
 from bench.lstm import LstmCase
 from gdpd.data import load_dataset
+from gdpd_kernels.benchmark.cases import unavailable
 
 pytestmark = pytest.mark.skipif(bool(unavailable("native")), reason=unavailable("native"))
 

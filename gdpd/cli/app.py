@@ -160,6 +160,45 @@ def datasets(
 
 
 @app.command()
+def bench(
+    device: Annotated[str, typer.Option(help="Device: cpu, cuda or cuda:INDEX.")] = "cpu",
+    case: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Case, such as mlp-64x100-10-frozen: network (paper, mlp), batch, width, steps, mode (forward, frozen, "
+            "trainable); repeatable.",
+            show_default="three usual ones",
+        ),
+    ] = None,
+    contender: Annotated[
+        list[str] | None,
+        typer.Option(help="Contender, as the table names them; repeatable.", show_default="all that suit the device"),
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Time for each case, checks and compilation aside. Unit: s.")] = 5.0,
+    tf32: Annotated[bool, typer.Option(help="float32 products on tensor cores, for every contender.")] = False,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="JSON file to write; `--json ''` writes none."),
+    ] = Path("bench.json"),
+) -> None:
+    """Check and time the sampler, forward and backward, against eager, compiled and graphed PyTorch."""
+    from gdpd_kernels.benchmark import report as benchmark
+
+    def tell(line: str) -> None:
+        typer.echo(line, err=True)
+
+    found = benchmark.bench(device, case or benchmark.CASES, contender or (), seconds, tf32, tell)
+    typer.echo(benchmark.table(found))
+    if json_file is not None and str(json_file) not in ("", "."):
+        from gdpd.training.atomic import write_json
+
+        write_json(json_file, found)
+        typer.echo(f"\nJSON: {json_file}")
+    if benchmark.failed(found):
+        raise typer.Exit(1)
+
+
+@app.command()
 def info() -> None:
     """Print versions, the machine, which backends the sampler can use here, and why not the others."""
     from gdpd_kernels.info import main as kernels_info

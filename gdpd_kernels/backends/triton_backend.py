@@ -17,7 +17,8 @@ from torch import Tensor
 
 from gdpd_kernels.backends import Capabilities, saved_numel
 from gdpd_kernels.backends.triton import tiling
-from gdpd_kernels.backends.triton.kernels import Recipe, Source, backward_source, forward_source, prior_source
+from gdpd_kernels.backends.triton.kernels import backward_source, forward_source, prior_source
+from gdpd_kernels.backends.triton.module import Recipe, Source
 from gdpd_kernels.backends.triton.tensors import alpha_strides, check_alpha, check_seed, dense, dense_all
 from gdpd_kernels.program import KINDS, DenoiserProgram
 

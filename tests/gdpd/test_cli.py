@@ -52,7 +52,7 @@ def line_on_stderr(capsys):
     return lines[0]
 
 
-@pytest.mark.parametrize("command", ["distill", "evaluate", "datasets", "info", "report", "demo", "version"])
+@pytest.mark.parametrize("command", ["distill", "evaluate", "datasets", "bench", "info", "report", "demo", "version"])
 def test_every_option_has_help_and_a_default(command):
     assert commands()[command].help
     for option in options_of(command):
@@ -144,6 +144,8 @@ def test_an_unknown_key_in_yaml_names_the_nearest(tmp_path, capsys):
         (["demo", "--seeds", "99"], ["seeds", "99"]),
         (["demo", "--workers", "-1"], ["workers", "-1"]),
         (["datasets", "--data-dir", "absent"], ["absent"]),
+        (["bench", "--device", "gpu"], ["gpu", "cpu, cuda or cuda:INDEX"]),
+        (["bench", "--case", "small"], ["small", "paper-64x100-5-trainable"]),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, words, tmp_path, monkeypatch, capsys):
@@ -245,6 +247,24 @@ def test_report_prints_the_table_and_writes_one_page(tmp_path, capsys):
     assert main(["report", str(tmp_path), "--output", str(tmp_path / "page.html"), "--title", "My runs"]) == 0
     assert "ItalyPowerDemand" in capsys.readouterr().out
     assert "<title>My runs</title>" in (tmp_path / "page.html").read_text()
+
+
+def test_bench_prints_a_table_and_writes_json(tmp_path, capsys):
+    arguments = ["--case", "mlp-3x7-2-forward", "--contender", "eager", "--contender", "reference", "--seconds", "0"]
+    assert main(["bench", *arguments, "--json", str(tmp_path / "b.json")]) == 0
+    assert "| mlp-3x7-2-forward | eager |" in capsys.readouterr().out
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert found["cases"][0]["results"]["reference"]["time"]["samples"] >= 5
+    assert [path.name for path in tmp_path.iterdir()] == ["b.json"]
+
+
+def test_bench_exits_with_1_when_a_contender_of_the_library_is_wrong(monkeypatch, tmp_path):
+    from gdpd_kernels.benchmark import check
+
+    monkeypatch.setattr(check, "check", lambda *_: check.Verdict(False, "wrong"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "--case", "mlp-3x7-2-forward", "--contender", "reference", "--json", ""]) == 1
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("arguments", [["version"], ["--version"]])

@@ -17,7 +17,8 @@ import torch
 from gdpd_kernels import BackendError, BackendFallback
 from gdpd_kernels.backends import Request, load, reasons, resolve, triton_backend
 from gdpd_kernels.backends import _warn_once as warn_once
-from gdpd_kernels.backends.triton.kernels import Recipe, backward_source, forward_source
+from gdpd_kernels.backends.triton.kernels import backward_source, forward_source
+from gdpd_kernels.backends.triton.module import Recipe
 from programs import Builder, bottleneck, mlp
 
 HERE = Path(__file__).parent

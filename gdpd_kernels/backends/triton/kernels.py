@@ -3,9 +3,7 @@
 *Fused*: one launch forward, one backward. A program of the grid takes a tile of rows through all steps. Where the
 denoiser has BatchNorms in training mode the tile has to be the whole batch.
 
-*Split* (BatchNorm in training mode, larger batches): a launch per stretch between BatchNorms, K (n + 1) + 1 forward,
-as many backward plus one, and K more where values are computed again. A stretch ends by writing its tiles' moments (or
-sums, backward); every tile of the next one joins them in the same order. What crosses is handed on in memory.
+*Split* (``split``): BatchNorm in training mode over larger batches, a launch per stretch between BatchNorms.
 
 Before either, one launch lays the weights out in padded blocks, whose addresses are constants; after it, one adds up
 the programs' shares of the gradients of parameters and tables in a fixed order.
@@ -13,349 +11,23 @@ the programs' shares of the gradients of parameters and tables in a fixed order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
 
-from gdpd_kernels.backends.triton.layout import Layout, Piece, Rows, needed
-from gdpd_kernels.backends.triton.walk import JOINED, KNOWN, TILE, Text, Walk
+from gdpd_kernels.backends.triton import split
+from gdpd_kernels.backends.triton.layout import Rows, needed
+from gdpd_kernels.backends.triton.module import PRIOR_START, SAMPLER_START, Module, Recipe, Source
+from gdpd_kernels.backends.triton.walk import KNOWN, TILE, Text, Walk
 from gdpd_kernels.backends.triton.walk_back import BackwardWalk
-from gdpd_kernels.program import DenoiserProgram
-
-# Numbers that change from call to call and should not make another binary.
-_NUMBERS = ("batch", "total", "steps", "tiles", "k", "programs", "alpha_row", "alpha_col", "share_stride")
-_SAMPLER_START = ("z_short", "alpha", "alpha_row", "alpha_col", "noise", "seed")
-_PRIOR_START = ("z_long", "noise", "seed", "signal", "sigma")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a kernel's source depends on.
-
-    Args:
-        program: the denoiser.
-        chunk: columns of the largest piece.
-        precision: of products: "ieee", "tf32", "bf16" or "fp16".
-        fused: the fused plan, not the split one.
-        alpha: the start mixes noise in.
-        drawn: that noise is drawn, not handed in.
-        eta: noise is drawn at the steps.
-        save: what forward keeps: "" (nothing), "values", "inputs" (the values that gradients of inputs need), "states".
-        wanted: names of the inputs whose gradient is asked for: z, alpha, r0.., t0.., p0...
-        prediction: of `prior_loss`.
-    """
-
-    program: DenoiserProgram
-    chunk: int
-    precision: str
-    fused: bool
-    alpha: bool = False
-    drawn: bool = False
-    eta: bool = False
-    save: str = ""
-    wanted: frozenset[str] = frozenset()
-    prediction: str = ""
-
-    @property
-    def layout(self) -> Layout:
-        return _layout(self.program, self.chunk)
-
-    @property
-    def kept(self) -> Rows:
-        for_params = self.save == "values" or any(name[0] == "p" for name in self.wanted)
-        return self.layout.kept(for_params)
-
-
-@lru_cache(maxsize=256)
-def _layout(program: DenoiserProgram, chunk: int) -> Layout:
-    return Layout(program, chunk)
-
-
-@dataclass(frozen=True)
-class Source:
-    """A module of kernels.
-
-    Args:
-        text: the module.
-        arguments: the names of each kernel's arguments, in order, without BLOCK.
-        shares: where each gradient that is added up over programs begins in a share; "tables" where those of the tables
-            do, which have one row per step.
-        written: names of the inputs whose gradient the kernels write; that of any other wanted one is zero.
-        reductions: how many blocks and vectors `reduce` adds up, and the numbers of the largest block.
-    """
-
-    text: str
-    arguments: dict[str, tuple[str, ...]]
-    shares: dict[str, int]
-    written: frozenset[str]
-    reductions: tuple[int, int]
-
-
-_HEADER = '''\
-"""Written for one denoiser, by gdpd_kernels.backends.triton.kernels:
-
-{program}
-"""
-import triton
-import triton.language as tl
-from gdpd_kernels.backends.triton.tiles import *
-'''
-
-
-class _Module:
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe, self.layout, self.program = recipe, recipe.layout, recipe.program
-        self.parts = [_HEADER.format(program=recipe.program.text)]
-        self.arguments: dict[str, tuple[str, ...]] = {}
-        self.shares, end = {}, 0
-        for i, shape in enumerate(recipe.program.params):
-            if f"p{i}" in recipe.wanted:
-                self.shares[f"p{i}"] = end
-                blocks = self.layout.blocks_of(i)
-                end += sum(out.size * p.size for out, p in blocks) or -(-prod(shape) // 4) * 4
-        if recipe.prediction:
-            self.shares["loss"] = end
-            end += 4
-        self.shares["tables"] = end
-        self.written: set[str] = set()
-        self.reductions = 0, 0
-
-    @property
-    def operands(self) -> tuple[str, ...]:
-        program = self.program
-        return (
-            *(f"r{i}" for i in range(len(program.rows))),
-            *(f"t{i}" for i in range(len(program.tables))),
-            *(f"p{i}" for i in range(len(program.params))),
-            "packed",
-        )
-
-    @property
-    def grad_outputs(self) -> tuple[str, ...]:
-        """Arguments for gradients that are written row by row."""
-        names = [f"r{i}" for i in range(len(self.program.rows))]
-        if self.recipe.prediction:
-            names += [f"t{i}" for i in range(len(self.program.tables))]
-        return tuple(f"grad_{name}" for name in names if name in self.recipe.wanted)
-
-    def kernel(self, name: str, arguments: Iterable[str], body: Callable[[Text], None]) -> None:
-        text = Text()
-        body(text)
-        names = tuple(dict.fromkeys(arguments))
-        numbers = [n for n in names if n in _NUMBERS]
-        head = f"@triton.jit(do_not_specialize={numbers!r})\ndef {name}({', '.join(names)}, BLOCK: tl.constexpr):"
-        self.parts.append("\n\n" + "\n".join([head, *text.lines]) + "\n")
-        self.arguments[name] = names
-
-    def packing(self) -> None:
-        """Lays the weights out in padded blocks, one program of the grid each."""
-        blocks = self.layout.packed
-        if not blocks:
-            return
-
-        def body(text: Text) -> None:
-            text("which = tl.program_id(0)")
-            for which, ((index, out, p), at) in enumerate(blocks.items()):
-                stride = self.program.params[index][1]
-                place = f"{stride}, {out.start}, {out.width}, {out.size}, {p.start}, {p.width}, {p.size}"
-                inner = f"pack_block(p{index}, packed + {at}, {place})"
-                text.block(f"if which == {which}:", lambda inner=inner: text(inner))  # type: ignore[misc]
-
-        self.kernel("pack", (*dict.fromkeys(f"p{index}" for index, _, _ in blocks), "packed"), body)
-
-    def source(self) -> Source:
-        return Source("".join(self.parts), self.arguments, self.shares, frozenset(self.written), self.reductions)
-
-    # --- pieces of text that kernels share ----------------------------------------------------------------------------
-
-    def state(self) -> list[tuple[int, int, int, int]]:
-        """Index, first column, width and block size of each piece of the state."""
-        return [(i, p.start, p.width, p.size) for i, p in enumerate(self.layout.partitions["z"])]
-
-    def place(self, text: Text, slots: str = "rows") -> None:
-        text("rows = tl.cast(tile, tl.int64) * BLOCK + tl.arange(0, BLOCK)")
-        text("valid = rows < total")
-        text("sources = rows % batch")
-        text("samples = rows // batch")
-        text(f"slots = {slots}")
-
-    def per_tile(self, text: Text, slots: str, body: Callable[[], None]) -> None:
-        """A program of the grid takes every so many-th tile; its share of the gradients is its own."""
-        text("program = tl.program_id(0)")
-        text("share = shares + tl.cast(program, tl.int64) * share_stride")
-
-        def one() -> None:
-            text("later_tile = tile - program")
-            self.place(text, slots)
-            body()
-            text("tl.debug_barrier()")
-
-        text.block("for tile in range(program, tiles, tl.num_programs(0)):", one)
-
-    def load_state(self, text: Text, stem: str, base: str) -> list[str]:
-        for i, start, width, size in self.state():
-            text(f"{stem}_{i} = load_rows({base}, rows, valid, {self.program.features}, {start}, {width}, {size})")
-        return [f"{stem}_{i}" for i, *_ in self.state()]
-
-    def store_state(self, text: Text, stem: str, base: str) -> None:
-        for i, start, width, _ in self.state():
-            text(f"store_rows({base}, rows, valid, {stem}_{i}, {self.program.features}, {start}, {width})")
-
-    def load_eps(self, text: Text) -> None:
-        if not self.recipe.drawn:
-            self.load_state(text, "eps", "noise")
-            return
-        for i, start, _, size in self.state():
-            text(f"eps_{i} = normals(seed, sources, 0, samples, {start}, {size})")
-
-    def load_alpha(self, text: Text) -> None:
-        for i, start, width, size in self.state():
-            place = f"alpha_row, alpha_col, {start}, {width}, {size}"
-            text(f"alpha_{i} = load_mixed(alpha, sources, valid, {place})")
-
-    def load_sources(self, text: Text, stem: str, base: str) -> None:
-        for i, start, width, size in self.state():
-            text(f"{stem}_{i} = load_rows({base}, sources, valid, {self.program.features}, {start}, {width}, {size})")
-
-    def start(self, text: Text) -> None:
-        """z = alpha z_short + (1 - alpha) eps; z_t = signal z_long + sigma eps in prior_loss."""
-        if self.recipe.prediction:
-            self.load_state(text, "clean", "z_long")
-            self.load_eps(text)
-            for name in ("signal", "sigma"):
-                text(f"{name}_ = tl.load({name} + rows, mask=valid, other=0.0)[:, None]")
-            for i, *_ in self.state():
-                text(f"z_{i} = signal_ * clean_{i} + sigma_ * eps_{i}")
-            return
-        if not self.recipe.alpha:
-            self.load_sources(text, "z", "z_short")
-            return
-        self.load_sources(text, "short", "z_short")
-        self.load_alpha(text)
-        self.load_eps(text)
-        for i, *_ in self.state():
-            text(f"z_{i} = alpha_{i} * short_{i} + (1.0 - alpha_{i}) * eps_{i}")
-
-    def coefficients(self, text: Text, names: str) -> None:
-        for i, name in enumerate("abs"):
-            if name in names:
-                text(f"{name} = tl.load(coefficients + 3 * k + {i})")
-
-    def update(self, text: Text, walk: Walk) -> None:
-        """z' = a z + b prediction + s noise."""
-        predicted = walk.fetch(self.program.output, self.layout.partitions["z"])
-        self.coefficients(text, "abs" if self.recipe.eta else "ab")
-        for (i, start, _, size), x in zip(self.state(), predicted, strict=True):
-            noise = f" + s * normals(seed, sources, k + 1, samples, {start}, {size})" if self.recipe.eta else ""
-            text(f"z_{i} = a * z_{i} + b * {x}{noise}")
-
-    def define_state(self, walk: Walk) -> None:
-        walk.define("z", [f"z_{i}" for i, *_ in self.state()])
-
-    def residual(self, text: Text, walk: Walk) -> None:
-        """The prediction less what it should be, the tile's part of the loss, and the gradient of the prediction."""
-        target = {"eps": "eps_{0}", "x0": "clean_{0}", "v": "(signal_ * eps_{0} - sigma_ * clean_{0})"}
-        predicted = walk.fetch(self.program.output, self.layout.partitions["z"])
-        losses = []
-        for (i, _, width, _), x in zip(self.state(), predicted, strict=True):
-            off = f"{x} - {target[self.recipe.prediction].format(i)}"
-            text(f"off_{i} = tl.where(valid[:, None], real({off}, {width}), 0.0)")
-            losses.append(f"tl.sum(off_{i} * off_{i})")
-        text(f"loss = {' + '.join(losses)}")
-        base = f"share + {self.shares['loss']}"
-        text(f"tl.store({base}, tl.where(later_tile > 0, tl.load({base}), 0.0) + loss)")
-        for i, *_ in self.state():
-            text(f"off_{i} = off_{i} * (2.0 / (total.to(tl.float32) * {self.program.features}))")
-
-    def finish_prior(self, text: Text, walk: BackwardWalk) -> None:
-        """The gradient of z_long, through the state and through the target."""
-        found = walk.take("z") or ["0.0"] * len(self.state())
-        through_target = {"eps": "", "x0": " - off_{0}", "v": " + sigma_ * off_{0}"}[self.recipe.prediction]
-        for i, *_ in self.state():
-            text(f"dz_{i} = signal_ * {found[i]}{through_target.format(i)} + off_{i} * 0.0")
-        self.store_state(text, "dz", "grad_z")
-        self.written.add("z")
-
-    def finish_sample(self, text: Text) -> None:
-        """Gradients of z_short and alpha from that of the start, per trajectory."""
-        wanted, mixed = self.recipe.wanted, self.recipe.alpha
-        if mixed and "z" in wanted:
-            self.load_alpha(text)
-        if "alpha" in wanted:
-            self.load_sources(text, "short", "z_short")
-            self.load_eps(text)
-            for i, *_ in self.state():
-                text(f"da_{i} = dz_{i} * (short_{i} - eps_{i})")
-            self.store_state(text, "da", "grad_alpha")
-            self.written.add("alpha")
-        if "z" in wanted:
-            if mixed:
-                for i, *_ in self.state():
-                    text(f"dz_{i} = alpha_{i} * dz_{i}")
-            self.store_state(text, "dz", "grad_z")
-            self.written.add("z")
-
-    def begin_step_back(self, text: Text, walk: BackwardWalk) -> None:
-        """Gradients of the prediction and the state from that of the next state."""
-        self.coefficients(text, "ab")
-        walk.send(self.program.output, [f"b * dz_{i}" for i, *_ in self.state()], self.layout.partitions["z"])
-        for i, *_ in self.state():
-            walk.add("z", i, f"a * dz_{i}")
-
-    def reduction(self) -> None:
-        """Adds up the programs' shares: grid (blocks, gradients)."""
-        program, recipe = self.program, self.recipe
-        parts: list[tuple[str, str, str]] = []  # argument, offset, numel
-        weights: list[tuple[int, int, Piece, Piece]] = []  # parameter, offset, rows, columns
-        for i, shape in enumerate(program.params):
-            if f"p{i}" in self.written and (blocks := self.layout.blocks_of(i)):
-                weights += [(i, self.shares[f"p{i}"] + at, out, p) for (out, p), at in blocks.items()]
-            elif f"p{i}" in self.written:
-                parts.append((f"grad_p{i}", str(self.shares[f"p{i}"]), str(prod(shape))))
-        if recipe.prediction:
-            parts.append(("loss", str(self.shares["loss"]), "1"))
-        else:
-            before = 0
-            for i, width in enumerate(program.tables):
-                if f"t{i}" in recipe.wanted:
-                    if f"t{i}" in self.written:
-                        offset = f"{self.shares['tables']} + steps * {before}"
-                        parts.append((f"grad_t{i}", offset, f"steps * {width}"))
-                    before += width
-        if not parts and not weights:
-            return
-        self.reductions = len(parts) + len(weights), max([out.size * p.size for *_, out, p in weights], default=0)
-
-        def body(text: Text) -> None:
-            text("start = tl.program_id(0) * BLOCK")
-            text("which = tl.program_id(1)")
-            for which, (name, offset, numel) in enumerate(parts):
-                scale = f"1.0 / (total.to(tl.float32) * {program.features})" if name == "loss" else "1.0"
-                what = f"{name}, start, {numel}, {scale}, BLOCK"
-                inner = f"reduce_block(shares + {offset}, programs, share_stride, {what})"
-                text.block(f"if (which == {which}) & (start < {numel}):", lambda inner=inner: text(inner))  # type: ignore[misc]
-            for which, (i, begin, out, p) in enumerate(weights, start=len(parts)):
-                place = f"{program.params[i][1]}, {out.start}, {out.width}, {out.size}, {p.start}, {p.width}, {p.size}"
-                inner = f"reduce_weight(shares + {begin}, programs, share_stride, grad_p{i}, start, {place}, BLOCK)"
-                head = f"if (which == {which}) & (start < {out.size * p.size}):"
-                text.block(head, lambda inner=inner: text(inner))  # type: ignore[misc]
-
-        names = [p[0] for p in parts] + [f"grad_p{i}" for i, *_ in weights]
-        self.kernel("reduce", ("shares", *names, "programs", "share_stride", "steps", "total"), body)
-
-
-# --- the fused plan -------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=512)
 def forward_source(recipe: Recipe) -> Source:
     """`reverse_sample`."""
-    module = _Module(recipe)
+    module = Module(recipe)
     module.packing()
     kept = recipe.kept if recipe.save in ("values", "inputs") else None
     if not recipe.fused:
-        _split_forward(module, kept)
+        split.forward(module, kept)
         return module.source()
 
     def body(text: Text) -> None:
@@ -379,7 +51,7 @@ def forward_source(recipe: Recipe) -> Source:
         module.store_state(text, "z", "z_hat")
 
     results = ("z_hat", "stats", "saved")
-    arguments = (*_SAMPLER_START, "coefficients", *module.operands, *results, "batch", "total", "steps")
+    arguments = (*SAMPLER_START, "coefficients", *module.operands, *results, "batch", "total", "steps")
     module.kernel("forward", arguments, body)
     return module.source()
 
@@ -387,11 +59,11 @@ def forward_source(recipe: Recipe) -> Source:
 @lru_cache(maxsize=512)
 def backward_source(recipe: Recipe) -> Source:
     """The backward of `reverse_sample`."""
-    module = _Module(recipe)
+    module = Module(recipe)
     module.packing()
     need = needed(recipe.program, recipe.wanted, state=True)
     if not recipe.fused:
-        _split_backward(module, need)
+        split.backward(module, need)
         return module.source()
 
     def body(text: Text) -> None:
@@ -422,7 +94,7 @@ def backward_source(recipe: Recipe) -> Source:
                 for number in reversed(numbers):
                     walk.backward(number)
                 walk.flush_outer()
-                for i, x in enumerate(walk.take("z") or ()):
+                for i, x in enumerate(walk.take_now("z") or ()):
                     text(f"dz_{i} = {x}")
                 text("tl.debug_barrier()")
                 module.written |= walk.written
@@ -434,7 +106,7 @@ def backward_source(recipe: Recipe) -> Source:
         module.per_tile(text, slots, tile)
 
     arguments = (
-        *_SAMPLER_START, "coefficients", *module.operands, "grad", "stats", "saved", "scratch", "shares",
+        *SAMPLER_START, "coefficients", *module.operands, "grad", "stats", "saved", "scratch", "shares",
         "share_stride", "grad_z", "grad_alpha", *module.grad_outputs, "batch", "total", "steps", "tiles",
     )  # fmt: skip
     module.kernel("backward", arguments, body)
@@ -445,12 +117,12 @@ def backward_source(recipe: Recipe) -> Source:
 @lru_cache(maxsize=512)
 def prior_source(recipe: Recipe) -> Source:
     """`prior_loss` with its gradients."""
-    module = _Module(recipe)
+    module = Module(recipe)
     module.packing()
     need = needed(recipe.program, recipe.wanted, state="z" in recipe.wanted)
     kept = recipe.kept if recipe.wanted else Rows({}, 4)
     if not recipe.fused:
-        _split_prior(module, need, kept)
+        split.prior(module, need, kept)
         return module.source()
 
     def body(text: Text) -> None:
@@ -482,181 +154,9 @@ def prior_source(recipe: Recipe) -> Source:
         module.per_tile(text, "tl.cast(program, tl.int64) * BLOCK + tl.arange(0, BLOCK)", tile)
 
     arguments = (
-        *_PRIOR_START, *module.operands, "stats", "kept", "shares", "share_stride", "grad_z", *module.grad_outputs,
+        *PRIOR_START, *module.operands, "stats", "kept", "shares", "share_stride", "grad_z", *module.grad_outputs,
         "batch", "total", "tiles",
     )  # fmt: skip
     module.kernel("prior", arguments, body)
     module.reduction()
     return module.source()
-
-
-# --- the split plan -------------------------------------------------------------------------------------------------
-
-
-def _split_forward(module: _Module, kept: Rows | None) -> None:
-    recipe = module.recipe
-    where = ("state", "next_state", "coefficients", "seed", *module.operands, "stats", "moments", "crossing", "kept",
-             "k", "batch", "total", "tiles")  # fmt: skip
-    _split_start(module)
-
-    def last(text: Text, walk: Walk) -> None:
-        if "z" not in walk.registers:
-            module.load_state(text, "z", "state")
-        module.update(text, walk)
-        module.store_state(text, "z", "next_state")
-
-    _forward_segments(module, where, lambda text: Walk(module.layout, text, recipe.precision, kept, JOINED), last)
-
-
-def _split_start(module: _Module) -> None:
-    def body(text: Text) -> None:
-        text("tile = tl.program_id(0)")
-        module.place(text)
-        module.start(text)
-        module.store_state(text, "z", "next_state")
-
-    names = _PRIOR_START if module.recipe.prediction else _SAMPLER_START
-    module.kernel("start", (*names, "next_state", "batch", "total"), body)
-
-
-def _forward_segments(
-    module: _Module, arguments: Sequence[str], new: Callable[[Text], Walk], last: Callable[[Text, Walk], None]
-) -> None:
-    """Kernels forward_0.. of the stretches between BatchNorms."""
-    layout, segments = module.layout, module.layout.segments
-    for s, numbers in enumerate(segments):
-
-        def body(text: Text, s: int = s, numbers: range = numbers) -> None:
-            text("tile = tl.program_id(0)")
-            module.place(text)
-            walk = new(text)
-            if s == 0:
-                module.load_state(text, "z", "state")
-                module.define_state(walk)
-            for number in numbers:
-                walk.forward(number)
-            for name in layout.crossing.at:
-                made_here = name in walk.registers and layout.segment_of(name) == s
-                if made_here and not (walk.kept is not None and name in walk.kept.at):
-                    walk.store(name, walk.registers[name], "crossing", layout.crossing)
-            if s + 1 < len(segments):
-                walk.tile_moments(segments[s + 1][0])
-            else:
-                last(text, walk)
-
-        module.kernel(f"forward_{s}", arguments, body)
-
-
-def _split_backward(module: _Module, need: frozenset[str]) -> None:
-    recipe, layout = module.recipe, module.layout
-    if recipe.save == "states":
-
-        def again(text: Text) -> None:
-            text("tile = tl.program_id(0)")
-            module.place(text)
-            walk = Walk(layout, text, recipe.precision, recipe.kept, KNOWN)
-            module.load_state(text, "z", "state")
-            module.define_state(walk)
-            for number in range(1, len(module.program.ops) + 1):
-                walk.forward(number)
-
-        module.kernel("recompute", ("state", *module.operands, "stats", "kept", "k", "batch", "total"), again)
-
-    def first(text: Text, walk: BackwardWalk) -> None:
-        module.load_state(text, "dz", "grad_state")
-        module.begin_step_back(text, walk)
-
-    def last(text: Text, walk: BackwardWalk) -> None:
-        for i, x in enumerate(walk.take("z") or ()):
-            text(f"dz_{i} = {x}")
-        module.store_state(text, "dz", "next_grad_state")
-
-    where = ("grad_state", "next_grad_state", "coefficients", *module.operands, "stats", "sums", "gradients", "kept",
-             "shares", "share_stride", *module.grad_outputs, "k", "batch", "total", "steps", "tiles")  # fmt: skip
-    _backward_segments(module, where, need, recipe.kept, first, last)
-
-    def finish(text: Text) -> None:
-        text("tile = tl.program_id(0)")
-        module.place(text)
-        module.load_state(text, "dz", "grad_state")
-        module.finish_sample(text)
-
-    if {"z", "alpha"} & recipe.wanted:
-        module.kernel("finish", (*_SAMPLER_START, "grad_state", "grad_z", "grad_alpha", "batch", "total"), finish)
-    module.reduction()
-
-
-def _backward_segments(
-    module: _Module,
-    arguments: Sequence[str],
-    need: frozenset[str],
-    kept: Rows,
-    first: Callable[[Text, BackwardWalk], None],
-    last: Callable[[Text, BackwardWalk], None],
-) -> None:
-    """Kernels backward_n.. down to backward_0 of the stretches between BatchNorms."""
-    recipe, layout, segments = module.recipe, module.layout, module.layout.segments
-    pending: set[str] = set()
-    for s in reversed(range(len(segments))):
-
-        def body(text: Text, s: int = s) -> None:
-            def tile() -> None:
-                walk = BackwardWalk(
-                    layout, text, recipe.precision, kept, JOINED, need, recipe.wanted, module.shares,
-                    bool(recipe.prediction), pending, module.written,
-                )  # fmt: skip
-                if s == len(segments) - 1:
-                    first(text, walk)
-                else:
-                    walk.backward(segments[s + 1][0])
-                for number in reversed(segments[s]):
-                    if s > 0 and number == segments[s][0]:
-                        walk.batch_norm_sums(number)
-                    else:
-                        walk.backward(number)
-                if s > 0:
-                    walk.hand_over()
-                else:
-                    last(text, walk)
-                walk.flush_outer()
-
-            text("later_step = " + ("0" if recipe.prediction else "steps - 1 - k"))
-            module.per_tile(text, "rows", tile)
-
-        module.kernel(f"backward_{s}", arguments, body)
-
-
-def _split_prior(module: _Module, need: frozenset[str], kept: Rows) -> None:
-    recipe, layout = module.recipe, module.layout
-    _split_start(module)
-    forward = ("state", *_PRIOR_START, *module.operands, "stats", "moments", "crossing", "kept", "shares",
-               "share_stride", "residuals", "k", "batch", "total", "tiles")  # fmt: skip
-
-    def loss(text: Text, walk: Walk) -> None:
-        text("later_tile = 0")
-        text("share = shares + tl.cast(tile, tl.int64) * share_stride")
-        module.start(text)
-        module.residual(text, walk)
-        if recipe.wanted:
-            module.store_state(text, "off", "residuals")
-
-    _forward_segments(
-        module, forward, lambda text: Walk(layout, text, recipe.precision, kept, JOINED, per_row_tables=True), loss
-    )
-    if recipe.wanted:
-
-        def first(text: Text, walk: BackwardWalk) -> None:
-            off = module.load_state(text, "off", "residuals")
-            walk.send(module.program.output, off, layout.partitions["z"])
-
-        def last(text: Text, walk: BackwardWalk) -> None:
-            if "z" in recipe.wanted:
-                for name in ("signal", "sigma"):
-                    text(f"{name}_ = tl.load({name} + rows, mask=valid, other=0.0)[:, None]")
-                module.load_state(text, "off", "residuals")
-                module.finish_prior(text, walk)
-
-        where = ("signal", "sigma", "residuals", *module.operands, "stats", "sums", "gradients", "kept", "shares",
-                 "share_stride", "grad_z", *module.grad_outputs, "k", "batch", "total", "tiles")  # fmt: skip
-        _backward_segments(module, where, need, kept, first, last)
-    module.reduction()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdpd_kernels.backends.triton.kernels import Source
+from gdpd_kernels.backends.triton.module import Source
 
 # Loads of weights do not depend on the step; software pipelining would prefetch all of them into shared memory.
 _STAGES = 1

@@ -184,15 +184,15 @@ class Walk:
 
     def _linear(self, op: Op, pieces: Partition) -> list[str]:
         weight, bias = op.params
-        xs, made = self.fetch(op.inputs[0]), []
         columns = self.partitions[op.inputs[0]]
-        for out in pieces:
-            acc = self.new("acc", f"tl.zeros([BLOCK, {out.size}], tl.float32)")
-            for x, p in zip(xs, columns, strict=True):
+        # The operand outside: as a matrix unit wants it, each of its pieces takes several times the registers of a
+        # sum, since every warp holds all of it; this way one piece is held at a time.
+        accs = [self.new("acc", f"tl.zeros([BLOCK, {out.size}], tl.float32)") for out in pieces]
+        for x, p in zip(self.fetch(op.inputs[0]), columns, strict=True):
+            for acc, out in zip(accs, pieces, strict=True):
                 self.text(f"{acc} = linear({x}, {self.block(weight, out, p, acc)})")
-            row = self.parameter(bias, out)
-            made.append(acc if row is None else f"{acc} + {row}")
-        return made
+        rows = [self.parameter(bias, out) for out in pieces]
+        return [acc if row is None else f"{acc} + {row}" for acc, row in zip(accs, rows, strict=True)]
 
     def block(self, weight: int | None, out: Piece, p: Piece, acc: str) -> str:
         """Arguments of a product with a block of a weight."""

@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from gdpd_kernels.backends.triton.layout import Layout, Partition, Piece, Rows, is_outer
 from gdpd_kernels.backends.triton.walk import KNOWN, SHAPED, TILE, Text, Walk, identifier
 from gdpd_kernels.program import Op
 
 _GRAD_OF_RESULT = {"relu", "tanh", "sigmoid"}
+
+
+class Later:
+    """An expression that is written when it is first read, so that it is held in registers no sooner than that.
+
+    It may name variables that are final only: gradients that were taken, values, and what the step began with.
+    """
+
+    def __init__(self, write: Callable[[], str]) -> None:
+        self.write, self.written = write, ""
+
+    def __call__(self) -> str:
+        self.written = self.written or self.write()
+        return self.written
+
+
+Gradient = str | Later  # of a piece
+
+
+def now(gradient: Gradient) -> str:
+    """The gradient's expression, written."""
+    return gradient() if isinstance(gradient, Later) else gradient
 
 
 class BackwardWalk(Walk):
@@ -42,23 +64,29 @@ class BackwardWalk(Walk):
     ) -> None:
         super().__init__(layout, text, precision, kept, statistics, per_row_tables)
         self.need, self.wanted, self.shares = need, wanted, shares
-        self.gradients: dict[str, list[str | None]] = {}
+        self.gradients: dict[str, list[Gradient | None]] = {}
         self.pending = set() if pending is None else pending
         self.written = set() if written is None else written
 
     # --- gradients under way ----------------------------------------------------------------------------------------
 
-    def add(self, name: str, index: int, expression: str) -> None:
-        """Add to the gradient of a value's piece."""
+    def add(self, name: str, index: int, expression: Gradient) -> None:
+        """Add to the gradient of a value's piece; what is added is not written before the sum is read."""
         if name not in self.need:
             return
         pieces = self._open(name)
-        variable = f"d_{identifier(name)}_{index}"
-        before = pieces[index]
-        self.text(f"{variable} = {expression}" if before is None else f"{variable} = {before} + {expression}")
-        pieces[index] = variable
+        before, variable = pieces[index], f"d_{identifier(name)}_{index}"
 
-    def _open(self, name: str) -> list[str | None]:
+        def write() -> str:
+            expressions = [now(before)] if before is not None else []
+            self.text(f"{variable} = {' + '.join([*expressions, now(expression)])}")
+            return variable
+
+        pieces[index] = Later(write)
+        if before is not None:
+            now(pieces[index])  # type: ignore[arg-type]
+
+    def _open(self, name: str) -> list[Gradient | None]:
         if name not in self.gradients:
             self.gradients[name] = [None] * len(self.partitions[name])
             if name in self.pending:
@@ -71,7 +99,7 @@ class BackwardWalk(Walk):
                     self.gradients[name][i] = variable
         return self.gradients[name]
 
-    def take(self, name: str) -> list[str] | None:
+    def take(self, name: str) -> list[Gradient] | None:
         """The finished gradient of a value, None if there is none."""
         pieces = self._open(name) if name in self.pending else self.gradients.get(name)
         self.gradients.pop(name, None)
@@ -82,10 +110,15 @@ class BackwardWalk(Walk):
             for x, p in zip(pieces, self.partitions[name], strict=True)
         ]
 
+    def take_now(self, name: str) -> list[str] | None:
+        """As `take`, all of it written."""
+        pieces = self.take(name)
+        return None if pieces is None else [now(x) for x in pieces]
+
     def hand_over(self) -> None:
         """Leave the gradients under way to the next launch."""
         for name in list(self.gradients):
-            if not is_outer(name) and (pieces := self.take(name)) is not None:
+            if not is_outer(name) and (pieces := self.take_now(name)) is not None:
                 self.store(name, pieces, "gradients", self.layout.gradients)
                 self.pending.add(name)
 
@@ -99,7 +132,7 @@ class BackwardWalk(Walk):
                 self._flush(f"t{i}", width, "later_step")
                 continue
             before = sum(w for j, w in enumerate(program.tables[:i]) if f"t{j}" in self.wanted)
-            pieces = self.take(f"t{i}")
+            pieces = self.take_now(f"t{i}")
             if pieces is None:
                 continue
             base = f"share + {self.shares['tables']} + steps * {before} + k * {width}"
@@ -108,7 +141,7 @@ class BackwardWalk(Walk):
                 self.text(f"add_row({base}, {again}, {x}, {p.start}, {p.width})")
 
     def _flush(self, name: str, width: int, again: str) -> None:
-        pieces = self.take(name)
+        pieces = self.take_now(name)
         if pieces is None:
             return
         again = self._again(name, again)
@@ -136,19 +169,17 @@ class BackwardWalk(Walk):
         if op.kind == "linear":
             self._linear_back(op, grads, pieces)
         elif op.kind == "batch_norm":
-            self._batch_norm_back(number, op, grads, pieces)
+            self._batch_norm_back(number, op, [now(g) for g in grads], pieces)
         elif op.kind == "batch_norm_eval":
-            self._eval_norm_back(op, grads, pieces)
+            self._eval_norm_back(op, [now(g) for g in grads], pieces)
         elif op.kind in ("layer_norm", "rms_norm"):
-            self._row_norm_back(op, grads, pieces)
+            self._row_norm_back(op, [now(g) for g in grads], pieces)
         elif op.kind == "add":
             for operand in op.inputs:
                 self.send(operand, grads, pieces)
         elif op.kind == "mul":
             for operand, other in zip(op.inputs, op.inputs[::-1], strict=True):
-                if operand in self.need:
-                    xs = self.fetch(other, pieces)
-                    self.send(operand, [f"{g} * {x}" for g, x in zip(grads, xs, strict=True)], pieces)
+                self.send(operand, self._each(grads, pieces, other, "{g} * {x}"), pieces)
         elif op.kind == "slice":
             start = int(op.attr("start"))
             self.send(op.inputs[0], grads, tuple(Piece(p.start + start, p.width) for p in pieces))
@@ -158,57 +189,76 @@ class BackwardWalk(Walk):
                 n = len(self.partitions[operand])
                 self.send(operand, grads[at : at + n], self.partitions[operand])
                 at += n
+        elif op.kind == "affine":
+            self.send(op.inputs[0], self._each(grads, pieces, "", f"{op.attr('scale')!r} * {{g}}"), pieces)
         else:
-            self._elementwise_back(op, name, grads)
+            more = f", {op.attr(SHAPED[op.kind])!r}" if op.kind in SHAPED else ""
+            value = name if op.kind in _GRAD_OF_RESULT else op.inputs[0]
+            self.send(op.inputs[0], self._each(grads, pieces, value, f"{op.kind}_grad({{x}}, {{g}}{more})"), pieces)
 
-    def send(self, name: str, grads: Sequence[str], pieces: Partition) -> None:
+    def _each(self, grads: Sequence[Gradient], pieces: Partition, value: str, form: str) -> list[Gradient]:
+        """Of every piece an expression of its gradient {g} and of the same piece of a value, {x}."""
+
+        def one(g: Gradient, p: Piece) -> Later:
+            return Later(lambda: form.format(g=now(g), x=self.fetch(value, (p,))[0] if value else ""))
+
+        return [one(g, p) for g, p in zip(grads, pieces, strict=True)]
+
+    def send(self, name: str, grads: Sequence[Gradient], pieces: Partition) -> None:
         """Add a gradient, cut in any way, to that of `name`, of which it may be a part."""
         if name not in self.need:
             return
         mine = self.partitions[name]
         if pieces != mine and not set(pieces) <= set(mine):
             # An expression is evaluated once before it is cut.
-            grads = [x if x.isidentifier() else self.new("grad", x) for x in grads]
+            written = [now(x) for x in grads]
+            written = [x if x.isidentifier() else self.new("grad", x) for x in written]
             mine = tuple(p for p in mine if any(q.start < p.stop and p.start < q.stop for q in pieces))
-            grads, pieces = self.recut(grads, pieces, mine), mine
+            grads, pieces = self.recut(written, pieces, mine), mine
         for x, p in zip(grads, pieces, strict=True):
             self.add(name, self.partitions[name].index(p), x)
 
-    def _elementwise_back(self, op: Op, name: str, grads: Sequence[str]) -> None:
-        (x,) = op.inputs
-        pieces = self.partitions[x]
-        if op.kind == "affine":
-            made = [f"{op.attr('scale')!r} * {g}" for g in grads]
-        elif op.kind in SHAPED:
-            shape = repr(op.attr(SHAPED[op.kind]))
-            made = [f"{op.kind}_grad({v}, {g}, {shape})" for v, g in zip(self.fetch(x), grads, strict=True)]
-        else:
-            values = self.fetch(name if op.kind in _GRAD_OF_RESULT else x)
-            made = [f"{op.kind}_grad({v}, {g})" for v, g in zip(values, grads, strict=True)]
-        self.send(x, made, pieces)
-
-    def _linear_back(self, op: Op, grads: Sequence[str], pieces: Partition) -> None:
+    def _linear_back(self, op: Op, grads: Sequence[Gradient], pieces: Partition) -> None:
         (x,), (weight, bias) = op.inputs, op.params
-        columns = self.partitions[x]
-        if f"p{weight}" in self.wanted:
-            base, again = self._share(weight), self._parameter_again(weight)
-            assert weight is not None
-            blocks = self.layout.blocks_of(weight)
-            for v, p in zip(self.fetch(x), columns, strict=True):
-                for g, out in zip(grads, pieces, strict=True):
-                    block = f"linear_weight_grad({g}, {v}, \"{self.precision}\")"
-                    if (at := blocks.get((out, p))) is not None:
-                        self.text(f"add_block({base} + {at}, {again}, {block})")
-                        continue
-                    place = f"{self.widths[x]}, {out.start}, {out.width}, {p.start}, {p.width}"
-                    self.text(f"add_matrix({base}, {again}, {block}, {place})")
-        self._vector_grad(bias, list(grads), pieces)
-        if x in self.need:
-            for i, p in enumerate(columns):
-                acc = self.new("acc", f"tl.zeros([BLOCK, {p.size}], tl.float32)")
-                for g, out in zip(grads, pieces, strict=True):
-                    self.text(f"{acc} = linear_input_grad({g}, {self.block(weight, out, p, acc)})")
-                self.add(x, i, acc)
+        columns, downwards = self.partitions[x], x in self.need
+        for_weight, for_bias = f"p{weight}" in self.wanted, f"p{bias}" in self.wanted
+        if for_weight:
+            weight_again = self._parameter_again(weight)
+        if for_bias:
+            bias_again = self._parameter_again(bias)
+        accs = [self.new("acc", f"tl.zeros([BLOCK, {p.size}], tl.float32)") for p in columns if downwards]
+        # One piece of the gradient after the other, and all that is done with it: as the operand of a product each
+        # piece takes several times the registers of a sum, since every warp holds all of it.
+        for gradient, out in zip(grads, pieces, strict=True):
+            g = now(gradient)
+            g = g if g.isidentifier() else self.new("grad", g)
+            if for_weight:
+                self._weight_grads(weight, weight_again, x, g, out)
+            if for_bias:
+                self.text(f"add_row({self._share(bias)}, {bias_again}, {g}, {out.start}, {out.width})")
+            for acc, p in zip(accs, columns, strict=downwards):
+                self.text(f"{acc} = linear_input_grad({g}, {self.block(weight, out, p, acc)})")
+        for i, acc in enumerate(accs):
+            self.add(x, i, acc)
+
+    def _weight_grads(self, weight: int | None, again: str, x: str, g: str, out: Piece) -> None:
+        """The rows `out` of a weight's gradient: a piece of the gradient against all pieces of the input."""
+        assert weight is not None
+        blocks, base = self.layout.blocks_of(weight), self._share(weight)
+
+        def write() -> None:
+            for p in self.partitions[x]:
+                # Read again for each: small beside the block of the gradient, and nothing is held meanwhile.
+                block = f'linear_weight_grad({g}, {self.fetch(x, (p,))[0]}, "{self.precision}")'
+                if (at := blocks.get((out, p))) is not None:
+                    self.text(f"add_block({base} + {at}, {again}, {block})")
+                    continue
+                place = f"{self.program.params[weight][-1]}, {out.start}, {out.width}, {p.start}, {p.width}"
+                self.text(f"add_matrix({base}, {again}, {block}, {place})")
+
+        # Always so. Past a branch the compiler puts nothing off, and it lays these products out by themselves: in the
+        # layout of the others every warp would hold all of g.
+        self.text.block("if share_stride > 0:", write)
 
     def _share(self, index: int | None) -> str:
         return f"share + {self.shares[f'p{index}']}"
@@ -295,7 +345,7 @@ class BackwardWalk(Walk):
     def batch_norm_sums(self, number: int) -> None:
         """The tile's part of the sums that a BatchNorm's backward needs, and of its parameters' gradients."""
         op, name = self.program.ops[number - 1], f"%{number}"
-        if name not in self.need or (grads := self.take(name)) is None:
+        if name not in self.need or (grads := self.take_now(name)) is None:
             return
         self.text(f"# sums over the batch for {name} = {op.text()}")
         pieces = self.partitions[name]

@@ -10,8 +10,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from bench import cases, rivals
-from bench.cases import Case
+from gdpd_kernels.benchmark import cases, rivals
+from gdpd_kernels.benchmark.cases import Case
 
 # A rounding that flips a ReLU changes a gradient by more than all other roundings together, in one draw of inputs and
 # not in the next: errors are medians over draws. Three were too few: of a thousand rows, two draws of three had a flip.
@@ -20,11 +20,11 @@ _DRAWS = 5
 _FLOPS_LIMIT = 4e9
 _MIN_ROWS = 257
 # "Plus rounding": what two orders of summation may differ by where plain PyTorch happens to be nearly exact.
-_ROUNDING = {"native_bf16": 1e-3}
+_ROUNDING_BF16 = 1e-3
 _ROUNDING_FLOAT32 = 2e-6
 # A gradient this small beside the largest, in float64, is zero in exact arithmetic.
 _ZERO = 1e-9
-# Rivals are not held to anything but computing the same function.
+# Rivals are not held to anything but computing the same function, in the precision that products have on the device.
 _SAME_FUNCTION = 1e-3
 
 
@@ -41,28 +41,29 @@ class Verdict:
     text: str
 
 
-def check(case: Case, how: str, call: cases.Call | None = None) -> Verdict:
+def check(case: Case, how: str, call: cases.Call | None = None, device: str = "cpu") -> Verdict:
     """Compare contender `how` with the float64 reference.
 
     The library's own backends must stay within twice the error of plain PyTorch (the reference backend, with the same
-    compute dtype), plus rounding; rivals must compute the same function.
+    compute dtype and on the same device), plus rounding; rivals must compute the same function. The float64 reference
+    is computed on the CPU, whatever the device.
 
     Args:
         case, how: what is checked; with fewer rows where the case is very large.
-        call: the contender prepared with seed 0, to spare a second compilation; only for cases that are checked whole.
+        call: the contender prepared with seed 0, to spare a second compilation; not used where rows are left out.
     """
-    case = reduced(case)
+    whole, case = case, reduced(case)
     found = []
-    draws = 1 if how == "compiled" else _DRAWS
+    draws = 1 if how in ("compiled", "graphed") else _DRAWS
     for seed in range(draws):
-        run = call if call is not None and seed == 0 and draws == 1 else cases.prepare(case, how, seed)
-        found.append(_errors([rivals.centre(tensor) for tensor in run()], _exact(case, seed)))
-    errors = _medians(found)
-    if how not in ("native", "native_bf16", "reference"):
-        limits = [_SAME_FUNCTION] * len(errors)
-    else:
-        plain = _medians([_plain(case, how == "native_bf16", seed) for seed in range(draws)])
-        limits = [2 * error + _ROUNDING.get(how, _ROUNDING_FLOAT32) for error in plain]
+        at_hand = call is not None and seed == 0 and case == whole
+        run = call if call is not None and at_hand else cases.prepare(case, how, seed, device=device)
+        found.append(_errors([rivals.centre(tensor).cpu() for tensor in run()], _exact(case, seed)))
+    errors, low = _medians(found), how.endswith("bf16")
+    plain = _medians([_plain(case, low, seed, device) for seed in range(draws)])
+    limits = [2 * error + (_ROUNDING_BF16 if low else _ROUNDING_FLOAT32) for error in plain]
+    if how not in rivals.OWN:
+        limits = [max(limit, _SAME_FUNCTION) for limit in limits]
     shares = [error / limit if error == error else float("inf") for error, limit in zip(errors, limits, strict=True)]
     worst = max(range(len(shares)), key=shares.__getitem__)
     text = f"{_label(case, worst)}: error {errors[worst]:.1e}, allowed {limits[worst]:.1e}"
@@ -110,9 +111,9 @@ def _exact(case: Case, seed: int) -> list[Tensor]:
 
 
 @lru_cache(maxsize=2 * _DRAWS)
-def _plain(case: Case, low: bool, seed: int) -> list[float]:
+def _plain(case: Case, low: bool, seed: int, device: str) -> list[float]:
     """Errors of the reference backend in float32, or with products in bfloat16."""
-    module, given = cases.denoiser(case, seed), cases.inputs(case, seed)
+    module, given = cases.denoiser(case, seed).to(device), cases.inputs(case, seed, device=device)
     captured = rivals.gk.capture(module)
     table = rivals.gk.ddim_table(rivals.TRAIN_TIMESTEPS, case.steps, window="lower")
     dtype = torch.bfloat16 if low else None
@@ -120,4 +121,5 @@ def _plain(case: Case, low: bool, seed: int) -> list[float]:
     def sample(z_short: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
         return rivals.operator_sample(captured, z_short, noise, alpha, table, "reference", dtype)
 
-    return _errors(cases.bind(case, given, sample, list(module.parameters()))(), _exact(case, seed))
+    run = cases.bind(case, given, sample, list(module.parameters()))
+    return _errors([tensor.cpu() for tensor in run()], _exact(case, seed))

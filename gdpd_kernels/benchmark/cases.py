@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import gdpd_kernels as gk
-from bench import rivals
-from gdpd_kernels.backends import native_backend
+from gdpd_kernels.backends import load, native_backend
+from gdpd_kernels.benchmark import rivals
 
 NETWORKS = {"paper": "two bottlenecks, BatchNorm in training mode", "mlp": "SiLU MLP with two hidden layers of 256"}
 # Forward alone; with the gradients of z_short and alpha; with those of every parameter too.
@@ -112,11 +112,12 @@ class Inputs:
     alpha: Tensor
 
 
-def inputs(case: Case, seed: int = 0, dtype: torch.dtype = torch.float32) -> Inputs:
-    """Inputs of a case; those of float64 are the float32 ones, widened."""
+def inputs(case: Case, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Inputs:
+    """Inputs of a case, the same on every device; those of float64 are the float32 ones, widened."""
     generator = torch.Generator().manual_seed(seed + 1)
-    z_short, noise, grad = (torch.randn(case.batch, case.width, generator=generator).to(dtype) for _ in range(3))
-    alpha = torch.rand(case.batch, 1, generator=generator).to(dtype)
+    shape = case.batch, case.width
+    z_short, noise, grad = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
+    alpha = torch.rand(case.batch, 1, generator=generator).to(device, dtype)
     ask = case.mode != "forward"
     return Inputs(z_short.requires_grad_(ask), noise, grad, alpha.requires_grad_(ask))
 
@@ -124,18 +125,38 @@ def inputs(case: Case, seed: int = 0, dtype: torch.dtype = torch.float32) -> Inp
 Call = Callable[[], list[Tensor]]
 
 
-def prepare(case: Case, how: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Call:
+def prepare(case: Case, how: str, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Call:
     """A call of contender `how`: it returns z_hat and the gradients that the case asks for, always in the same order.
 
     Raises:
         Unavailable: the contender cannot run here, or has no such network.
     """
-    reason = unavailable(how, case)
+    reason = unavailable(how, case, device)
     if reason:
         raise Unavailable(reason)
-    given = inputs(case, seed, dtype)
-    sample, holder = rivals.contender(how, denoiser(case, seed).to(dtype), case.steps)
-    return bind(case, given, sample, list(holder.parameters()))
+    given = inputs(case, seed, dtype, device)
+    sample, holder = rivals.contender(how, denoiser(case, seed).to(device, dtype), case.steps)
+    call = bind(case, given, sample, list(holder.parameters()))
+    return _replayed(call) if how == "graphed" else call
+
+
+def _replayed(call: Call) -> Call:
+    """The call recorded as a CUDA graph; its results lie at the same addresses every time."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+
+    def replay() -> list[Tensor]:
+        graph.replay()
+        return results
+
+    return replay
 
 
 def bind(case: Case, given: Inputs, sample: rivals.Sampler, params: list[Tensor]) -> Call:
@@ -153,18 +174,24 @@ def bind(case: Case, given: Inputs, sample: rivals.Sampler, params: list[Tensor]
     return forward if case.mode == "forward" else forward_backward
 
 
-def unavailable(how: str, case: Case | None = None) -> str:
+def unavailable(how: str, case: Case | None = None, device: str = "cpu") -> str:
     """Why a contender cannot run here, or '' if it can."""
     if case is not None and how == "release" and case.network != "paper":
         return "the releases have the paper's network only"
-    if how.startswith("native"):
-        native = next(entry for entry in gk.backends() if entry["name"] == "native")
-        if not native["usable"]:
-            return "; ".join(map(str, native["reasons"]))  # type: ignore[call-overload]
+    backend, kind = how.partition("_")[0], torch.device(device).type
+    if backend in ("native", "triton"):
+        entry = next(entry for entry in gk.backends() if entry["name"] == backend)
+        if not entry["usable"]:
+            return "; ".join(map(str, entry["reasons"]))  # type: ignore[call-overload]
+        runs_on = load(backend).CAPABILITIES.devices
+        if kind not in runs_on:
+            return f"it runs on {', '.join(runs_on)}, not on {kind}"
     if how == "native_bf16" and not native_backend.instruction_set().endswith("bf16"):
         return f"no bfloat16 products on this processor (instruction set {native_backend.instruction_set()})"
-    if how == "compiled" and not (shutil.which("g++") or shutil.which("clang++")):
+    if how == "compiled" and kind == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         return "torch.compile needs a C++ compiler"
+    if how == "graphed" and kind != "cuda":
+        return f"CUDA graphs are of CUDA devices, not of {kind}"
     return ""
 
 

@@ -170,10 +170,10 @@ class ReleaseScheduler:
         self.alphas_cumprod = (1 - betas).cumprod(0).to(dtype)
         self.final_alpha_cumprod = torch.tensor(1.0)
 
-    def set_timesteps(self, steps: int) -> None:
+    def set_timesteps(self, steps: int, device: torch.device | str = "cpu") -> None:
         """A grid of `steps` time steps, descending."""
         self.stride = TRAIN_TIMESTEPS // steps
-        self.timesteps = (torch.arange(steps) * self.stride).flip(0)
+        self.timesteps = (torch.arange(steps, device=device) * self.stride).flip(0)
 
     def step(self, eps: Tensor, t: Tensor, z: Tensor, eta: float = 0.0) -> Tensor:
         """One step from t to t - stride (Song et al., 2021, eq. 12)."""
@@ -191,16 +191,27 @@ def release_sample(
     module: ReleaseDenoiser, z_short: Tensor, noise: Tensor, alpha: Tensor, scheduler: ReleaseScheduler, steps: int
 ) -> Tensor:
     """The sampler of the releases: a grid of 2 `steps` time steps, of which the lower half is walked, on 1 × 1 maps."""
-    scheduler.set_timesteps(2 * steps)
+    scheduler.set_timesteps(2 * steps, z_short.device)
     z = alpha[:, :, None, None] * z_short[:, :, None, None] + (1 - alpha[:, :, None, None]) * noise[:, :, None, None]
     for t in scheduler.timesteps[steps:]:
         z = scheduler.step(module(z, t), t, z)
     return z.flatten(1)
 
 
+def stepwise_sample(
+    module: Denoiser, z_short: Tensor, noise: Tensor, alpha: Tensor, scheduler: ReleaseScheduler, steps: int
+) -> Tensor:
+    """The same with the network's Linear layers: the module and the scheduler are called at every step."""
+    scheduler.set_timesteps(2 * steps, z_short.device)
+    z = alpha * z_short + (1 - alpha) * noise
+    for t in scheduler.timesteps[steps:]:
+        z = scheduler.step(module(z, t), t, z)
+    return z
+
+
 def hoisted_sample(module: Denoiser, z_short: Tensor, noise: Tensor, alpha: Tensor, table: gk.DDIMTable) -> Tensor:
     """The loop as a careful user writes it: coefficients are numbers, the time embedding is computed once."""
-    times = module.time(torch.tensor(table.timesteps))
+    times = module.time(torch.tensor(table.timesteps, device=z_short.device))
     z = alpha * z_short + (1 - alpha) * noise
     for k, (a, b, _) in enumerate(table.coefficients):
         z = a * z + b * module.step(z, times[k])
@@ -224,13 +235,18 @@ def operator_sample(
 
 # --- the contenders by name -------------------------------------------------------------------------------------------
 
+OWN = ("reference", "native", "native_bf16", "triton", "triton_bf16")
 RIVALS = {
     "release": "eager PyTorch with convolutions, coefficients per step, as in the public releases",
+    "stepwise": "eager PyTorch with Linear layers, time embedding and coefficients at every step",
     "eager": "eager PyTorch with Linear layers, hoisted coefficients and time embedding",
     "compiled": "torch.compile of the hoisted eager loop, warmed up",
+    "graphed": "the hoisted eager loop, forward and backward, replayed as one CUDA graph",
     "reference": "this library's reference backend, float32",
     "native": "this library's native backend, float32",
     "native_bf16": "this library's native backend, bfloat16 products with float32 sums and state",
+    "triton": "this library's Triton backend, float32",
+    "triton_bf16": "this library's Triton backend, bfloat16 products with float32 sums and state",
 }
 
 Sampler = Callable[[Tensor, Tensor, Tensor], Tensor]  # (z_short, noise, alpha) -> z_hat
@@ -252,7 +268,10 @@ def contender(how: str, module: Denoiser, steps: int) -> tuple[Sampler, nn.Modul
         maps.requires_grad_(module.out.weight.requires_grad)
         scheduler = ReleaseScheduler()
         return lambda z, noise, alpha: release_sample(maps, z, noise, alpha, scheduler, steps), maps
-    if how in ("eager", "compiled"):
+    if how == "stepwise":
+        stepwise = ReleaseScheduler()
+        return lambda z, noise, alpha: stepwise_sample(module, z, noise, alpha, stepwise, steps), module
+    if how in ("eager", "compiled", "graphed"):  # what is recorded as a graph is the whole call, see `cases.prepare`
         sample: Sampler = partial(_hoisted, module, table)
         return (torch.compile(sample, dynamic=False) if how == "compiled" else sample), module
     captured = gk.capture(module)

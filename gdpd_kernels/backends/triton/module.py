@@ -1,0 +1,336 @@
+"""What every kernel's source is made of: what it depends on, the module under way, and the text that kernels share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+from gdpd_kernels.backends.triton.layout import Layout, Piece, Rows
+from gdpd_kernels.backends.triton.walk import Text, Walk
+from gdpd_kernels.backends.triton.walk_back import BackwardWalk
+from gdpd_kernels.program import DenoiserProgram
+
+# Numbers that change from call to call and should not make another binary.
+_NUMBERS = ("batch", "total", "steps", "tiles", "k", "programs", "alpha_row", "alpha_col", "share_stride")
+SAMPLER_START = ("z_short", "alpha", "alpha_row", "alpha_col", "noise", "seed")
+PRIOR_START = ("z_long", "noise", "seed", "signal", "sigma")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a kernel's source depends on.
+
+    Args:
+        program: the denoiser.
+        chunk: columns of the largest piece.
+        precision: of products: "ieee", "tf32", "bf16" or "fp16".
+        fused: the fused plan, not the split one.
+        alpha: the start mixes noise in.
+        drawn: that noise is drawn, not handed in.
+        eta: noise is drawn at the steps.
+        save: what forward keeps: "" (nothing), "values", "inputs" (the values that gradients of inputs need), "states".
+        wanted: names of the inputs whose gradient is asked for: z, alpha, r0.., t0.., p0...
+        prediction: of `prior_loss`.
+    """
+
+    program: DenoiserProgram
+    chunk: int
+    precision: str
+    fused: bool
+    alpha: bool = False
+    drawn: bool = False
+    eta: bool = False
+    save: str = ""
+    wanted: frozenset[str] = frozenset()
+    prediction: str = ""
+
+    @property
+    def layout(self) -> Layout:
+        return _layout(self.program, self.chunk)
+
+    @property
+    def kept(self) -> Rows:
+        for_params = self.save == "values" or any(name[0] == "p" for name in self.wanted)
+        return self.layout.kept(for_params)
+
+
+@lru_cache(maxsize=256)
+def _layout(program: DenoiserProgram, chunk: int) -> Layout:
+    return Layout(program, chunk)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A module of kernels.
+
+    Args:
+        text: the module.
+        arguments: the names of each kernel's arguments, in order, without BLOCK.
+        shares: where each gradient that is added up over programs begins in a share; "tables" where those of the tables
+            do, which have one row per step.
+        written: names of the inputs whose gradient the kernels write; that of any other wanted one is zero.
+        reductions: how many blocks and vectors `reduce` adds up, and the numbers of the largest block.
+    """
+
+    text: str
+    arguments: dict[str, tuple[str, ...]]
+    shares: dict[str, int]
+    written: frozenset[str]
+    reductions: tuple[int, int]
+
+
+_HEADER = '''\
+"""Written for one denoiser, by gdpd_kernels.backends.triton.kernels:
+
+{program}
+"""
+import triton
+import triton.language as tl
+from gdpd_kernels.backends.triton.tiles import *
+'''
+
+
+class Module:
+    """A module under way; its methods write what several kernels have in common."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.layout, self.program = recipe, recipe.layout, recipe.program
+        self.parts = [_HEADER.format(program=recipe.program.text)]
+        self.arguments: dict[str, tuple[str, ...]] = {}
+        self.shares, end = {}, 0
+        for i, shape in enumerate(recipe.program.params):
+            if f"p{i}" in recipe.wanted:
+                self.shares[f"p{i}"] = end
+                blocks = self.layout.blocks_of(i)
+                end += sum(out.size * p.size for out, p in blocks) or -(-prod(shape) // 4) * 4
+        if recipe.prediction:
+            self.shares["loss"] = end
+            end += 4
+        self.shares["tables"] = end
+        self.written: set[str] = set()
+        self.reductions = 0, 0
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        program = self.program
+        return (
+            *(f"r{i}" for i in range(len(program.rows))),
+            *(f"t{i}" for i in range(len(program.tables))),
+            *(f"p{i}" for i in range(len(program.params))),
+            "packed",
+        )
+
+    @property
+    def grad_outputs(self) -> tuple[str, ...]:
+        """Arguments for gradients that are written row by row."""
+        names = [f"r{i}" for i in range(len(self.program.rows))]
+        if self.recipe.prediction:
+            names += [f"t{i}" for i in range(len(self.program.tables))]
+        return tuple(f"grad_{name}" for name in names if name in self.recipe.wanted)
+
+    def kernel(self, name: str, arguments: Iterable[str], body: Callable[[Text], None]) -> None:
+        text = Text()
+        body(text)
+        names = tuple(dict.fromkeys(arguments))
+        numbers = [n for n in names if n in _NUMBERS]
+        head = f"@triton.jit(do_not_specialize={numbers!r})\ndef {name}({', '.join(names)}, BLOCK: tl.constexpr):"
+        self.parts.append("\n\n" + "\n".join([head, *text.lines]) + "\n")
+        self.arguments[name] = names
+
+    def packing(self) -> None:
+        """Lays the weights out in padded blocks, one program of the grid each."""
+        blocks = self.layout.packed
+        if not blocks:
+            return
+
+        def body(text: Text) -> None:
+            text("which = tl.program_id(0)")
+            for which, ((index, out, p), at) in enumerate(blocks.items()):
+                stride = self.program.params[index][1]
+                place = f"{stride}, {out.start}, {out.width}, {out.size}, {p.start}, {p.width}, {p.size}"
+                inner = f"pack_block(p{index}, packed + {at}, {place})"
+                text.block(f"if which == {which}:", lambda inner=inner: text(inner))  # type: ignore[misc]
+
+        self.kernel("pack", (*dict.fromkeys(f"p{index}" for index, _, _ in blocks), "packed"), body)
+
+    def source(self) -> Source:
+        return Source("".join(self.parts), self.arguments, self.shares, frozenset(self.written), self.reductions)
+
+    # --- pieces of text that kernels share ----------------------------------------------------------------------------
+
+    def state(self) -> list[tuple[int, int, int, int]]:
+        """Index, first column, width and block size of each piece of the state."""
+        return [(i, p.start, p.width, p.size) for i, p in enumerate(self.layout.partitions["z"])]
+
+    def place(self, text: Text, slots: str = "rows") -> None:
+        text("rows = tl.cast(tile, tl.int64) * BLOCK + tl.arange(0, BLOCK)")
+        text("valid = rows < total")
+        text("sources = rows % batch")
+        text("samples = rows // batch")
+        text(f"slots = {slots}")
+
+    def per_tile(self, text: Text, slots: str, body: Callable[[], None]) -> None:
+        """A program of the grid takes every so many-th tile; its share of the gradients is its own."""
+        text("program = tl.program_id(0)")
+        text("share = shares + tl.cast(program, tl.int64) * share_stride")
+
+        def one() -> None:
+            text("later_tile = tile - program")
+            self.place(text, slots)
+            body()
+            text("tl.debug_barrier()")
+
+        text.block("for tile in range(program, tiles, tl.num_programs(0)):", one)
+
+    def load_state(self, text: Text, stem: str, base: str) -> list[str]:
+        for i, start, width, size in self.state():
+            text(f"{stem}_{i} = load_rows({base}, rows, valid, {self.program.features}, {start}, {width}, {size})")
+        return [f"{stem}_{i}" for i, *_ in self.state()]
+
+    def store_state(self, text: Text, stem: str, base: str) -> None:
+        for i, start, width, _ in self.state():
+            text(f"store_rows({base}, rows, valid, {stem}_{i}, {self.program.features}, {start}, {width})")
+
+    def load_eps(self, text: Text) -> None:
+        if not self.recipe.drawn:
+            self.load_state(text, "eps", "noise")
+            return
+        for i, start, _, size in self.state():
+            text(f"eps_{i} = normals(seed, sources, 0, samples, {start}, {size})")
+
+    def load_alpha(self, text: Text) -> None:
+        for i, start, width, size in self.state():
+            place = f"alpha_row, alpha_col, {start}, {width}, {size}"
+            text(f"alpha_{i} = load_mixed(alpha, sources, valid, {place})")
+
+    def load_sources(self, text: Text, stem: str, base: str) -> None:
+        for i, start, width, size in self.state():
+            text(f"{stem}_{i} = load_rows({base}, sources, valid, {self.program.features}, {start}, {width}, {size})")
+
+    def start(self, text: Text) -> None:
+        """z = alpha z_short + (1 - alpha) eps; z_t = signal z_long + sigma eps in prior_loss."""
+        if self.recipe.prediction:
+            self.load_state(text, "clean", "z_long")
+            self.load_eps(text)
+            for name in ("signal", "sigma"):
+                text(f"{name}_ = tl.load({name} + rows, mask=valid, other=0.0)[:, None]")
+            for i, *_ in self.state():
+                text(f"z_{i} = signal_ * clean_{i} + sigma_ * eps_{i}")
+            return
+        if not self.recipe.alpha:
+            self.load_sources(text, "z", "z_short")
+            return
+        self.load_sources(text, "short", "z_short")
+        self.load_alpha(text)
+        self.load_eps(text)
+        for i, *_ in self.state():
+            text(f"z_{i} = alpha_{i} * short_{i} + (1.0 - alpha_{i}) * eps_{i}")
+
+    def coefficients(self, text: Text, names: str) -> None:
+        for i, name in enumerate("abs"):
+            if name in names:
+                text(f"{name} = tl.load(coefficients + 3 * k + {i})")
+
+    def update(self, text: Text, walk: Walk) -> None:
+        """z' = a z + b prediction + s noise."""
+        predicted = walk.fetch(self.program.output, self.layout.partitions["z"])
+        self.coefficients(text, "abs" if self.recipe.eta else "ab")
+        for (i, start, _, size), x in zip(self.state(), predicted, strict=True):
+            noise = f" + s * normals(seed, sources, k + 1, samples, {start}, {size})" if self.recipe.eta else ""
+            text(f"z_{i} = a * z_{i} + b * {x}{noise}")
+
+    def define_state(self, walk: Walk) -> None:
+        walk.define("z", [f"z_{i}" for i, *_ in self.state()])
+
+    def residual(self, text: Text, walk: Walk) -> None:
+        """The prediction less what it should be, the tile's part of the loss, and the gradient of the prediction."""
+        target = {"eps": "eps_{0}", "x0": "clean_{0}", "v": "(signal_ * eps_{0} - sigma_ * clean_{0})"}
+        predicted = walk.fetch(self.program.output, self.layout.partitions["z"])
+        losses = []
+        for (i, _, width, _), x in zip(self.state(), predicted, strict=True):
+            off = f"{x} - {target[self.recipe.prediction].format(i)}"
+            text(f"off_{i} = tl.where(valid[:, None], real({off}, {width}), 0.0)")
+            losses.append(f"tl.sum(off_{i} * off_{i})")
+        text(f"loss = {' + '.join(losses)}")
+        base = f"share + {self.shares['loss']}"
+        text(f"tl.store({base}, tl.where(later_tile > 0, tl.load({base}), 0.0) + loss)")
+        for i, *_ in self.state():
+            text(f"off_{i} = off_{i} * (2.0 / (total.to(tl.float32) * {self.program.features}))")
+
+    def finish_prior(self, text: Text, walk: BackwardWalk) -> None:
+        """The gradient of z_long, through the state and through the target."""
+        found = walk.take_now("z") or ["0.0"] * len(self.state())
+        through_target = {"eps": "", "x0": " - off_{0}", "v": " + sigma_ * off_{0}"}[self.recipe.prediction]
+        for i, *_ in self.state():
+            text(f"dz_{i} = signal_ * {found[i]}{through_target.format(i)} + off_{i} * 0.0")
+        self.store_state(text, "dz", "grad_z")
+        self.written.add("z")
+
+    def finish_sample(self, text: Text) -> None:
+        """Gradients of z_short and alpha from that of the start, per trajectory."""
+        wanted, mixed = self.recipe.wanted, self.recipe.alpha
+        if mixed and "z" in wanted:
+            self.load_alpha(text)
+        if "alpha" in wanted:
+            self.load_sources(text, "short", "z_short")
+            self.load_eps(text)
+            for i, *_ in self.state():
+                text(f"da_{i} = dz_{i} * (short_{i} - eps_{i})")
+            self.store_state(text, "da", "grad_alpha")
+            self.written.add("alpha")
+        if "z" in wanted:
+            if mixed:
+                for i, *_ in self.state():
+                    text(f"dz_{i} = alpha_{i} * dz_{i}")
+            self.store_state(text, "dz", "grad_z")
+            self.written.add("z")
+
+    def begin_step_back(self, text: Text, walk: BackwardWalk) -> None:
+        """Gradients of the prediction and the state from that of the next state."""
+        self.coefficients(text, "ab")
+        walk.send(self.program.output, [f"b * dz_{i}" for i, *_ in self.state()], self.layout.partitions["z"])
+        for i, *_ in self.state():
+            walk.add("z", i, f"a * dz_{i}")
+
+    def reduction(self) -> None:
+        """Adds up the programs' shares: grid (blocks, gradients)."""
+        program, recipe = self.program, self.recipe
+        parts: list[tuple[str, str, str]] = []  # argument, offset, numel
+        weights: list[tuple[int, int, Piece, Piece]] = []  # parameter, offset, rows, columns
+        for i, shape in enumerate(program.params):
+            if f"p{i}" in self.written and (blocks := self.layout.blocks_of(i)):
+                weights += [(i, self.shares[f"p{i}"] + at, out, p) for (out, p), at in blocks.items()]
+            elif f"p{i}" in self.written:
+                parts.append((f"grad_p{i}", str(self.shares[f"p{i}"]), str(prod(shape))))
+        if recipe.prediction:
+            parts.append(("loss", str(self.shares["loss"]), "1"))
+        else:
+            before = 0
+            for i, width in enumerate(program.tables):
+                if f"t{i}" in recipe.wanted:
+                    if f"t{i}" in self.written:
+                        offset = f"{self.shares['tables']} + steps * {before}"
+                        parts.append((f"grad_t{i}", offset, f"steps * {width}"))
+                    before += width
+        if not parts and not weights:
+            return
+        self.reductions = len(parts) + len(weights), max([out.size * p.size for *_, out, p in weights], default=0)
+
+        def body(text: Text) -> None:
+            text("start = tl.program_id(0) * BLOCK")
+            text("which = tl.program_id(1)")
+            for which, (name, offset, numel) in enumerate(parts):
+                scale = f"1.0 / (total.to(tl.float32) * {program.features})" if name == "loss" else "1.0"
+                what = f"{name}, start, {numel}, {scale}, BLOCK"
+                inner = f"reduce_block(shares + {offset}, programs, share_stride, {what})"
+                text.block(f"if (which == {which}) & (start < {numel}):", lambda inner=inner: text(inner))  # type: ignore[misc]
+            for which, (i, begin, out, p) in enumerate(weights, start=len(parts)):
+                place = f"{program.params[i][1]}, {out.start}, {out.width}, {out.size}, {p.start}, {p.width}, {p.size}"
+                inner = f"reduce_weight(shares + {begin}, programs, share_stride, grad_p{i}, start, {place}, BLOCK)"
+                head = f"if (which == {which}) & (start < {out.size * p.size}):"
+                text.block(head, lambda inner=inner: text(inner))  # type: ignore[misc]
+
+        names = [p[0] for p in parts] + [f"grad_p{i}" for i, *_ in weights]
+        self.kernel("reduce", ("shares", *names, "programs", "share_stride", "steps", "total"), body)
