@@ -165,8 +165,8 @@ def bench(
     case: Annotated[
         list[str] | None,
         typer.Option(
-            help="Case, such as mlp-64x100-10-frozen: network (paper, mlp), batch, width, steps, mode (forward, frozen, "
-            "trainable); repeatable.",
+            help="Case, such as mlp-64x100-10-frozen: network (paper, mlp), batch × width, steps, mode (forward, "
+            "frozen, trainable); repeatable.",
             show_default="three usual ones",
         ),
     ] = None,

@@ -50,14 +50,14 @@ def check(case: Case, how: str, call: cases.Call | None = None, device: str = "c
 
     Args:
         case, how: what is checked; with fewer rows where the case is very large.
-        call: the contender prepared with seed 0, to spare a second compilation; not used where rows are left out.
+        call: the contender prepared with seed 0; one that is compiled or recorded is checked by it, with all rows.
     """
-    whole, case = case, reduced(case)
+    at_hand = call if how in ("compiled", "graphed") else None
+    case = reduced(case) if at_hand is None else case
     found = []
-    draws = 1 if how in ("compiled", "graphed") else _DRAWS
+    draws = _DRAWS if at_hand is None else 1
     for seed in range(draws):
-        at_hand = call is not None and seed == 0 and case == whole
-        run = call if call is not None and at_hand else cases.prepare(case, how, seed, device=device)
+        run = at_hand or cases.prepare(case, how, seed, device=device)
         found.append(_errors([rivals.centre(tensor).cpu() for tensor in run()], _exact(case, seed)))
     errors, low = _medians(found), how.endswith("bf16")
     plain = _medians([_plain(case, low, seed, device) for seed in range(draws)])
