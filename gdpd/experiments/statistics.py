@@ -43,6 +43,8 @@ class CriticalDifference:
         groups: methods (columns of the scores, best first) that a bar joins: neighbours by rank among whom no pair
             differs at the level. Only the largest groups, each of two methods or more.
         level: the level of the tests.
+        least_p: the smallest adjusted p-value that so many data sets and pairs can give; where it is above the level, no
+            pair can differ, whatever the scores are.
     """
 
     average_ranks: np.ndarray
@@ -50,6 +52,7 @@ class CriticalDifference:
     p_values: np.ndarray
     groups: tuple[tuple[int, ...], ...]
     level: float
+    least_p: float
 
 
 def ranks(scores: Any) -> np.ndarray:
@@ -164,7 +167,8 @@ def critical_difference(scores: Any, level: float = 0.05) -> CriticalDifference:
     friedman_p = friedman(scores) if n_methods > 2 else None
     mean_ranks = average_ranks(scores)
     differs = p_values <= level if friedman_p is None or friedman_p <= level else np.zeros_like(p_values, dtype=bool)
-    return CriticalDifference(mean_ranks, friedman_p, p_values, _groups(mean_ranks, differs), level)
+    least_p = min(len(pairs) * 2.0 ** (1 - n_datasets), 1.0)
+    return CriticalDifference(mean_ranks, friedman_p, p_values, _groups(mean_ranks, differs), level, least_p)
 
 
 def bootstrap_mean(values: Any, *, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:

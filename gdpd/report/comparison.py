@@ -17,10 +17,11 @@ from gdpd.experiments.statistics import Interval, first_places, ranks
 from gdpd.methods import TEACHER, method_title
 from gdpd.report import comparison_charts as charts
 from gdpd.report.settings import settings, versions
-from gdpd.report.svg import css_name, method_colour, other_methods
+from gdpd.report.svg import css_name, method_colour, other_methods, repeats_colour
 from gdpd.report.template import check_installed, write_page
 
 _FOLLOWING = ("fidelity", "kl", "calibration_error")
+_MOST_BANDS = 7  # more lie over one another beyond telling apart; each gets bars
 _COSTS = ("seconds", "seconds_per_epoch", "cpu_seconds", "peak_memory", "peak_device_memory")
 
 
@@ -234,7 +235,7 @@ def _charts(
         for place, method in enumerate(found.methods):
             if method != relative_to:
                 bounds = [_column(intervals, bound, place) for bound in Interval._fields]
-                made.append(charts.Line(titles[place], colours[place], *bounds))
+                made.append(charts.Line(titles[place], colours[place], repeats_colour(method, others), *bounds))
         return made
 
     # The mean over earliness first: the others differ from it in detail.
@@ -250,7 +251,12 @@ def _charts(
         ),
         "baseline": names[baseline],
         "over_baseline": charts.over_earliness(
-            "over-baseline", found.earliness, lines(SCORE, baseline), "AUC-PRC, points gained", zero=names[baseline]
+            "over-baseline",
+            found.earliness,
+            lines(SCORE, baseline),
+            "AUC-PRC, points gained",
+            bands=len(found.methods) <= _MOST_BANDS,
+            zero=names[baseline],
         ),
         "diagrams": [
             (standing, charts.critical_difference(f"cd-{number}", titles, colours, test))

@@ -20,6 +20,7 @@ class Line(NamedTuple):
 
     title: str
     colour: str
+    dashed: bool
     mean: np.ndarray
     low: np.ndarray
     high: np.ndarray
@@ -75,7 +76,6 @@ def over_earliness(
     bands: bool = True,
     zero: str = "",
     level: tuple[str, str, float] | None = None,
-    size: tuple[float, float] = (3.6, 2.9),
 ) -> str:
     """A score over earliness, one line per method with its band, named at its right end.
 
@@ -87,9 +87,8 @@ def over_earliness(
         bands: shade between the bounds; False draws a bar at each point, for many bands that lie over one another.
         zero: says what the line at zero stands for; none is drawn for "".
         level: title, colour and value of a constant to draw dashed.
-        size: width and height, inches.
     """
-    with figure(*size) as (made, [axes]):
+    with figure(3.6, max(2.9, 0.9 + 0.16 * len(lines))) as (made, [axes]):
         ends: list[tuple[float, str, str]] = []
         span = shares[-1] - shares[0] or 1.0
         for number, line in enumerate(lines):
@@ -99,7 +98,10 @@ def over_earliness(
             else:  # a little apart, so that equal scores do not hide each other
                 x = x + (number - (len(lines) - 1) / 2) * 0.36 * span / (max(len(shares), 2) * len(lines))
                 axes.vlines(x, line.low, line.high, color=line.colour, alpha=0.6, linewidth=1)
-            axes.plot(x, line.mean, color=line.colour, marker="o", markersize=4, linewidth=1.5, zorder=3)
+            style = (0, (4, 2)) if line.dashed else "-"
+            axes.plot(
+                x, line.mean, color=line.colour, marker="o", markersize=4, linewidth=1.5, linestyle=style, zorder=3
+            )
             last = line.mean[np.isfinite(line.mean)]
             if len(last):
                 ends.append((float(last[-1]), line.title, line.colour))
@@ -159,7 +161,11 @@ def _name_ends(made: Figure, axes: Axes, ends: Sequence[tuple[float, str, str]])
     height = axes.get_window_extent().height / made.dpi * 72  # points
     order = sorted(ends)
     wanted = np.array([(end[0] - low) / (high - low) * height for end in order])
-    for (_, title, colour), y, at in zip(order, spread(wanted, 11.0), wanted, strict=True):
+    placed = spread(wanted, 11.0)
+    # Inside the axes, as far as there is room; the axis' own labels are below.
+    placed = placed - max(placed[-1] - height, 0.0)
+    placed = placed + max(-placed[0], 0.0)
+    for (_, title, colour), y, at in zip(order, placed, wanted, strict=True):
         axes.annotate(
             title,
             (1.0, at / height),

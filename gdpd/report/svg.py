@@ -63,6 +63,11 @@ def method_colour(method: str, others: Sequence[str]) -> str:
     return OTHER_COLOURS[others.index(method) % len(OTHER_COLOURS)]
 
 
+def repeats_colour(method: str, others: Sequence[str]) -> bool:
+    """Whether a method before it in `others` has its colour: its lines are dashed."""
+    return method in others and others.index(method) >= len(OTHER_COLOURS)
+
+
 def css_name(method: str, others: Sequence[str]) -> str:
     """The CSS variable of `method_colour`, without its dashes."""
     return _VARIABLES[method_colour(method, others)].removeprefix("--")

@@ -15,6 +15,7 @@ from gdpd.cli import main
 from gdpd.cli.app import app
 from gdpd.cli.options import run_config
 from gdpd.config import RunConfig
+from made_comparison import make_records, write_records
 from made_runs import make_grid, make_run
 
 
@@ -287,3 +288,37 @@ def test_info_names_every_backend(capsys):
 def test_run_config_reads_null_and_numbers_from_the_shell():
     config = run_config(None, {"resample_to": "null", "gradient_clip": "0.5", "alpha": "per_dimension"})
     assert (config.resample_to, config.gradient_clip, config.alpha) == (None, 0.5, "per_dimension")
+
+
+def test_report_compares_methods_from_three_data_sets_on(tmp_path, capsys):
+    records = make_records(("A", "B", "C"), (0.2,), ("base", "gdpd"), (1,))
+    runs = write_records(tmp_path / "runs", records)
+    outputs = [tmp_path / name for name in ("page.html", "cells.csv", "tables.tex")]
+    assert main(["report", str(runs), *(word for path in outputs for word in ("--output", str(path)))]) == 0
+    told = capsys.readouterr().out
+    assert "3 of 3 cells have all methods" in " ".join(told.split())
+    assert "GDPD" in told
+    page, cells, tables = (path.read_text() for path in outputs)
+    assert "How the methods stand" in page
+    assert cells.startswith("dataset,earliness,method,seeds,rank,first_place,auc_prc,")
+    assert r"\toprule" in tables
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--runs", "--output", "cells.csv"], ["cells.csv", "--comparison"]),
+        (["--comparison", "--output", "report.pdf"], ["report.pdf", ".html, .csv and .tex"]),
+    ],
+)
+def test_report_refuses_what_it_cannot_write(tmp_path, capsys, arguments, words):
+    runs = write_records(tmp_path / "runs", make_records(("A",), (0.2,), ("base", "gdpd"), (1,)))
+    assert main(["report", str(runs), *arguments]) == 2
+    told = line_on_stderr(capsys)
+    assert all(word in told for word in words), told
+
+
+def test_report_compares_nothing_with_one_method(tmp_path, capsys):
+    runs = write_records(tmp_path / "runs", make_records(("A", "B"), (0.2,), ("kd",), (1,)))
+    assert main(["report", str(runs), "--comparison"]) == 2
+    assert "all of the method 'kd'" in line_on_stderr(capsys)

@@ -194,3 +194,11 @@ def test_bootstrap_draws_only_seeds_that_are_there() -> None:
 def test_bad_input_is_named(call, message) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_least_p_is_what_a_perfect_order_reaches() -> None:
+    perfect = np.arange(3) * 10.0 + np.arange(6)[:, None] * np.array([1, 1.3, 1.7])
+    tested = statistics.critical_difference(perfect)
+    assert tested.p_values[~np.eye(3, dtype=bool)] == pytest.approx(tested.least_p)
+    assert tested.least_p == 3 * 2**-5
+    assert tested.groups == ((2, 1, 0),)  # 0.09: six data sets are too few for three pairs
