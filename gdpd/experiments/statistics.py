@@ -43,8 +43,8 @@ class CriticalDifference:
         groups: methods (columns of the scores, best first) that a bar joins: neighbours by rank among whom no pair
             differs at the level. Only the largest groups, each of two methods or more.
         level: the level of the tests.
-        least_p: the smallest adjusted p-value that so many data sets and pairs can give; where it is above the level, no
-            pair can differ, whatever the scores are.
+        least_p: the smallest adjusted p-value that so many data sets and pairs can give; above the level, no pair can
+            differ, whatever the scores are.
     """
 
     average_ranks: np.ndarray
