@@ -14,6 +14,7 @@ from gdpd.distillers.base import Batch, Distiller, taught
 from gdpd.guidance import GuidedDenoiser
 from gdpd.models import Classifier
 from gdpd.options import nearest
+from gdpd.probe import LinearProbe
 from gdpd.tokens import token_split
 from gdpd.variance import LearnedRange, ancestral_sample
 from gdpd_kernels.ranges import span
@@ -30,10 +31,11 @@ class GenDD(Distiller):
     - x0 = (1 - s) f + s w_y, cut in tokens; (c, x0) mixed with those of another series, with one share for the batch;
     - every token, `repeats` times, with t and noise of its own: the head's MSE of the noise plus, for the variance, the
       variational term; gradients reach the student through c;
-    - the student's own head is a linear probe on the detached feature, trained by cross-entropy: what is deployed is
-      the plain student, and no sampler runs.
+    - a linear probe reads the detached feature, standardised by running statistics, and learns by cross-entropy. Every
+      call of `loss` writes it, with the standardisation folded in, into the student's own head: what is deployed is the
+      plain student, and no sampler runs.
 
-    loss = CE(head(stop(z_short)), y) + r (MSE_noise + variational term). Without labels: the second part alone.
+    loss = CE(probe(stop(z_short)), y) + r (MSE_noise + variational term). Without labels: the second part alone.
 
     For a loop of your own, `prepare(teacher, z_long, y)` comes before the first step.
 
@@ -133,6 +135,7 @@ class GenDD(Distiller):
         self.prepared = False
         self.tokens = token_split(teacher_dim, token_width, pad_tokens)
         self.norm = nn.LayerNorm(student.feature_dim)
+        self.probe = LinearProbe(student.feature_dim, student.num_classes)
         head = AdaLNDenoiser(
             self.tokens.width,
             student.feature_dim,
@@ -204,7 +207,6 @@ class GenDD(Distiller):
             self._move_student(learning)
         with span("student"):
             z_short, _ = self.student(batch.x_prefix, batch.lengths)
-            logits = self.student.classify(z_short.detach())
         losses: dict[str, Tensor] = {}
         if learning:
             with span("prior"):
@@ -212,7 +214,8 @@ class GenDD(Distiller):
         terms = [self.loss_ratio * loss for loss in losses.values()]
         if self.labelled:
             with span("losses"):
-                losses["ce"] = self.cross_entropy(logits, batch.y)
+                losses["ce"] = self.cross_entropy(self.probe(z_short.detach()), batch.y)
+                self.probe.fold_into(self.student.head)
         if self.labelled and (not self.two_stage or not learning):
             terms.append(losses["ce"])
         return functools.reduce(torch.add, terms), {name: part.detach() for name, part in losses.items()}
@@ -251,7 +254,6 @@ class GenDD(Distiller):
     def _move_student(self, moves: bool) -> None:
         """Let the student's features learn, or hold them still: parameters and the statistics of its BatchNorms."""
         self.student.requires_grad_(moves)
-        self.student.head.requires_grad_(True)
         self.student.train(moves and self.training)
 
     @torch.no_grad()

@@ -16,6 +16,7 @@ import toy
 from gdpd.distillers import Batch, GenDD, build_distiller
 from gdpd.distillers.gendd import _beta, class_means
 from gdpd.models import Classifier, build_model
+from gdpd.probe import LinearProbe
 from gdpd.training import run
 from gdpd.variance import LearnedRange
 
@@ -121,25 +122,64 @@ def test_the_loss_is_the_formula_written_out(options: dict[str, Any]) -> None:
         assert float(parts["variational"]) == pytest.approx(variational, rel=1e-10)
         expected += made.loss_ratio * variational
     if made.labelled:
-        expected += float(F.cross_entropy(made.student.head(z_short), data.y).detach())
+        variance = z_short.var(0, unbiased=False)
+        standard = (z_short - z_short.mean(0)) / (variance + 1e-4 * variance.mean() + 1e-12).sqrt()
+        logits = standard @ made.probe.weight.T + made.probe.bias
+        expected += float(F.cross_entropy(logits, data.y).detach())
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-10)
     assert ("ce" in parts) == made.labelled
 
 
 def test_cross_entropy_trains_the_probe_and_diffusion_the_feature() -> None:
     made, data = gendd(), batch()
-    loss, _ = made.loss(data, 0)
-    loss.backward()
-    head = made.student.head.weight.grad
-    body = [p.grad for name, p in made.student.named_parameters() if not name.startswith("head")]
-    probe = made.student(data.x_prefix)[0].detach()
-    expected = torch.autograd.grad(F.cross_entropy(made.student.head(probe), data.y), made.student.head.weight)[0]
-    torch.testing.assert_close(head, expected)
-    assert all(gradient is not None and bool(gradient.any()) for gradient in body)
-    without = gendd(drop_condition=1.0)
+    made.loss(data, 0)[0].backward()
+    body = [p for name, p in made.student.named_parameters() if not name.startswith("head")]
+    assert made.student.head.weight.grad is None
+    assert made.probe.weight.grad is not None
+    assert made.probe.weight.grad.any()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in body)
+    without = gendd(drop_condition=1.0)  # nothing but the condition leads to the feature
     without.loss(data, 0)[0].backward()
-    body = [p.grad for name, p in without.student.named_parameters() if not name.startswith("head")]
-    assert all(gradient is None or not gradient.any() for gradient in body)  # nothing but the condition leads there
+    assert all(p.grad is None or not p.grad.any() for n, p in without.student.named_parameters() if "head" not in n)
+
+
+def test_the_student_s_head_is_the_probe_of_the_last_call() -> None:
+    made, data = gendd(), batch()
+    made.loss(data, 0)
+    data.x_prefix = 2 * data.x_prefix
+    made.loss(data, 0)
+    feature, logits = made.student(data.x_prefix)
+    torch.testing.assert_close(logits, made.probe.eval()(feature))
+    made.probe.requires_grad_(False).weight.zero_()
+    made.probe.fold_into(made.student.head)
+    torch.testing.assert_close(made.student(data.x_prefix)[1], made.probe.bias.expand(ROWS, -1))
+
+
+def test_the_probe_s_statistics_are_exponential_means_that_start_at_the_first_batch() -> None:
+    probe = LinearProbe(3, 2).double()
+    first, second = torch.randn(5, 3).double(), torch.randn(7, 3).double()
+    probe(first)
+    torch.testing.assert_close(probe.mean, first.mean(0))
+    probe(second)
+    torch.testing.assert_close(probe.mean, 0.9 * first.mean(0) + 0.1 * second.mean(0))
+    expected = 0.9 * first.var(0, unbiased=False) + 0.1 * second.var(0, unbiased=False)
+    torch.testing.assert_close(probe.variance, expected)
+    probe.eval()(first)
+    torch.testing.assert_close(probe.variance, expected)
+
+
+def test_a_probe_learns_on_features_of_any_scale() -> None:
+    torch.manual_seed(0)
+    y = torch.arange(40) % 2
+    feature = 5 + 1e-4 * (torch.randn(40, 6) + 2 * y[:, None])
+    probe, head = LinearProbe(6, 2), torch.nn.Linear(6, 2)
+    optimizer = torch.optim.Adam(probe.parameters(), lr=0.05)
+    for _ in range(60):
+        optimizer.zero_grad()
+        F.cross_entropy(probe(feature), y).backward()
+        optimizer.step()
+    probe.fold_into(head)
+    assert float((head.double()(feature.double()).argmax(1) == y).double().mean()) > 0.9
 
 
 def test_two_stages_learn_the_feature_and_then_the_probe_alone() -> None:
@@ -152,7 +192,7 @@ def test_two_stages_learn_the_feature_and_then_the_probe_alone() -> None:
     assert set(parts) == {"ce"}
     loss.backward()
     reached = {name for name, p in made.named_parameters() if p.grad is not None}
-    assert reached == {"student.head.weight", "student.head.bias"}
+    assert reached == {"probe.weight", "probe.bias"}
     assert not made.student.training
     made.loss(data, 0)
     assert made.student.training
