@@ -31,9 +31,9 @@ class GenDD(Distiller):
     - x0 = (1 - s) f + s w_y, cut in tokens; (c, x0) mixed with those of another series, with one share for the batch;
     - every token, `repeats` times, with t and noise of its own: the head's MSE of the noise plus, for the variance, the
       variational term; gradients reach the student through c;
-    - a linear probe reads the detached feature, standardised by running statistics, and learns by cross-entropy. Every
-      call of `loss` writes it, with the standardisation folded in, into the student's own head: what is deployed is the
-      plain student, and no sampler runs.
+    - a linear probe reads the detached feature, standardised, and learns by cross-entropy (`gdpd.probe`). Every call of
+      `loss` writes it, with the standardisation folded in, into the student's own head: what is deployed is the plain
+      student, and no sampler runs.
 
     loss = CE(probe(stop(z_short)), y) + r (MSE_noise + variational term). Without labels: the second part alone.
 

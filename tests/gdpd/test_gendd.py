@@ -155,15 +155,17 @@ def test_the_student_s_head_is_the_probe_of_the_last_call() -> None:
     torch.testing.assert_close(made.student(data.x_prefix)[1], made.probe.bias.expand(ROWS, -1))
 
 
-def test_the_probe_s_statistics_are_exponential_means_that_start_at_the_first_batch() -> None:
+def test_the_probe_standardises_by_the_batch_and_keeps_running_means_by_rows() -> None:
     probe = LinearProbe(3, 2).double()
-    first, second = torch.randn(5, 3).double(), torch.randn(7, 3).double()
+    first, second = torch.randn(5, 3).double(), 7 + torch.randn(32, 3).double()
     probe(first)
     torch.testing.assert_close(probe.mean, first.mean(0))
-    probe(second)
-    torch.testing.assert_close(probe.mean, 0.9 * first.mean(0) + 0.1 * second.mean(0))
-    expected = 0.9 * first.var(0, unbiased=False) + 0.1 * second.var(0, unbiased=False)
+    found = probe(second)
+    share = 32 / (32 + 64)
+    torch.testing.assert_close(probe.mean, (1 - share) * first.mean(0) + share * second.mean(0))
+    expected = (1 - share) * first.var(0, unbiased=False) + share * second.var(0, unbiased=False)
     torch.testing.assert_close(probe.variance, expected)
+    torch.testing.assert_close(found.mean(0), probe.bias)
     probe.eval()(first)
     torch.testing.assert_close(probe.variance, expected)
 
