@@ -18,7 +18,7 @@ class Published(NamedTuple):
 
     auc_prc: float
     rank: float | None = None
-    first_places: int | None = None
+    first_places: float | None = None
 
 
 METHODS = ("base", "kd", "fits", "gdpd")  # that the ranks are among

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from gdpd.experiments.comparison import METRICS, SCORE, Comparison, Standing, compare
-from gdpd.experiments.published import DATASETS, METHODS, MODEL, PUBLISHED, SEEDS, SOURCE
+from gdpd.experiments.published import DATASETS, METHODS, MODEL, PUBLISHED, SEEDS, SOURCE, Published
 from gdpd.experiments.records import RunRecord
-from gdpd.experiments.statistics import Interval, first_places, ranks
+from gdpd.experiments.statistics import Interval, average_ranks, first_places, ranks
 from gdpd.methods import TEACHER, method_title
 from gdpd.report import comparison_charts as charts
 from gdpd.report.settings import settings, versions
@@ -200,17 +200,23 @@ def published_rows(
 ) -> dict[str, Any] | None:
     """The paper's numbers beside these, where networks, methods and earliness are the paper's; else None.
 
-    Ranks are told only where the comparison is among the paper's four methods: a rank among others is another number.
+    Ranks and first places are among the paper's four methods alone, and told only where all four are there.
     """
     models = {(run.config.get("teacher_model"), run.config.get("student_model")) for run in runs}
     beside = [standing for standing in standings if standing.earliness in PUBLISHED]
     methods = [method for method in METHODS if method in found.methods]
     if models != {(MODEL, MODEL)} or not beside or len(methods) < 2:
         return None
+    places = [found.methods.index(method) for method in methods]
+    scores = [standing.scores[:, places] for standing in beside]
     rows = []
-    for method in methods:
-        place = found.methods.index(method)
-        cells = [(standing.mean[place], PUBLISHED[standing.earliness or 0][method]) for standing in beside]
+    for number, method in enumerate(methods):
+        cells = []
+        for standing, among in zip(beside, scores, strict=True):
+            ours = Published(float(among[:, number].mean()))
+            if len(methods) == len(METHODS):
+                ours = Published(ours.auc_prc, average_ranks(among)[number], first_places(among)[number])
+            cells.append((ours, PUBLISHED[standing.earliness or 0][method]))
         rows.append({"method": method, "cells": cells})
     return {"standings": beside, "rows": rows, "seeds": len(found.seeds), "datasets": len(found.datasets)}
 

@@ -96,7 +96,7 @@ def over_earliness(
             if bands and len(shares) > 1:
                 axes.fill_between(x, line.low, line.high, color=line.colour, alpha=0.11, linewidth=0)
             else:  # a little apart, so that equal scores do not hide each other
-                x = x + (number - (len(lines) - 1) / 2) * 0.36 * span / (max(len(shares), 2) * len(lines))
+                x = x + (number - (len(lines) - 1) / 2) * 0.36 * span / (max(len(shares), 4) * len(lines))
                 axes.vlines(x, line.low, line.high, color=line.colour, alpha=0.6, linewidth=1)
             style = (0, (4, 2)) if line.dashed else "-"
             axes.plot(
@@ -112,7 +112,7 @@ def over_earliness(
             axes.axhline(level[2], color=level[1], linestyle=(0, (4, 3)), linewidth=1)
             ends.append((level[2], level[0], level[1]))
         axes.set_xticks(shares, [f"{100 * share:.0f} %" for share in shares])
-        margin = 0.06 if len(shares) == 1 else 0.05 * span
+        margin = 0.06 if len(shares) == 1 else 0.07 * span
         axes.set_xlim(shares[0] - margin, shares[-1] + margin)
         axes.set_xlabel("share of the series read")
         axes.set_ylabel(label)

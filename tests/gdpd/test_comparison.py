@@ -190,7 +190,18 @@ def test_the_papers_numbers_stand_beside_its_own_networks_only(tmp_path) -> None
         record.config["student_model"] = "lstm2-32"
     found = compare(records)
     assert comparison.published_rows(found, records, found.standings()) is None
-    assert comparison.published_rows(found, make_records(**SMALL), found.standings()) is not None
+    found = compare(make_records(**SMALL))
+    told = comparison.published_rows(found, make_records(**SMALL), found.standings())
+    assert [standing.earliness for standing in told["standings"]] == [0.2]  # the paper has no 0.5, nor their mean
+    ranked = [row["cells"][0][0] for row in told["rows"]]
+    assert [row["method"] for row in told["rows"]] == ["base", "kd", "fits", "gdpd"]
+    # Among four methods, although there are five.
+    assert sum(ours.rank for ours in ranked) == pytest.approx(1 + 2 + 3 + 4)
+    assert sum(ours.first_places for ours in ranked) == pytest.approx(3)
+    three = [record for record in make_records(**SMALL) if record.method != "fits"]
+    found = compare(three)
+    for row in comparison.published_rows(found, three, found.standings())["rows"]:
+        assert row["cells"][0][0].rank is None
 
 
 @pytest.mark.parametrize(
