@@ -14,6 +14,7 @@ import yaml
 
 from gdpd.cli.app import app
 from gdpd.config import RunConfig
+from gdpd.experiments import read_grid
 
 ROOT = Path(__file__).resolve().parents[1]
 _SPEC = importlib.util.spec_from_file_location("docs_check", ROOT / "docs" / "check.py")
@@ -61,9 +62,14 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", pages_with("yaml"))
-def test_yaml_blocks_are_configurations(page):
+def test_yaml_blocks_are_configurations_or_grids(page, tmp_path):
     for body in blocks(page, "yaml"):
-        RunConfig.from_dict(yaml.safe_load(body))
+        read = yaml.safe_load(body)
+        if "datasets" in read:
+            (tmp_path / "grid.yaml").write_text(body)
+            read_grid(tmp_path / "grid.yaml")
+        else:
+            RunConfig.from_dict(read)
 
 
 @pytest.mark.parametrize("page", pages_with("console"))

@@ -1,0 +1,147 @@
+"""`python -m bench.results`: the tables of docs/results.md from the results table of the comparison.
+
+Nothing is trained. Run it after `gdpd grid results/comparison.yaml`, or on another grid's file to see its tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from bench.tables import Rows, markdown, write_between_markers
+from gdpd.experiments import Grid, choose, read_grid, read_results, result_records
+from gdpd.experiments.comparison import Comparison, compare
+from gdpd.experiments.explain import associations, gains
+from gdpd.experiments.published import PUBLISHED
+from gdpd.experiments.results import Result, read_recipe
+from gdpd.experiments.statistics import wilcoxon
+from gdpd.methods import method_title
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def progress(grid: Grid, results: Sequence[Result]) -> Rows:
+    """How many jobs of each seed and earliness are done, by method."""
+    planned = Counter((job.key.seed, job.key.earliness, job.label) for job in grid.jobs())
+    keys = {job.key for job in grid.jobs()}
+    done = Counter((row.seed, row.earliness, row.method) for row in results if row.key in keys)
+    rows: Rows = [("seed", "share read", *(method_title(label) for label in grid.methods))]
+    for seed, earliness in itertools.product(grid.seeds, grid.earliness):
+        counts = [(seed, earliness, label) for label in grid.methods]
+        rows.append((str(seed), f"{earliness:.0%}", *(f"{done[key]} of {planned[key]}" for key in counts)))
+    return rows
+
+
+def standings(found: Comparison) -> Rows:
+    """Average AUC-PRC, average rank and first places by earliness, the published average beside them."""
+    rows: Rows = [("share read", "sets", "method", "AUC-PRC", "rank", "first places", "published, other sets")]
+    for standing in found.standings():
+        share = "mean" if standing.earliness is None else f"{standing.earliness:.0%}"
+        best = standing.mean.max()
+        for place, method in enumerate(found.methods):
+            mean = f"{standing.mean[place]:.2f}"
+            told = PUBLISHED.get(standing.earliness or 0, {}).get(method)
+            rows.append(
+                (
+                    share if not place else "", str(len(standing.datasets)) if not place else "", method_title(method),
+                    f"**{mean}**" if standing.mean[place] == best else mean, f"{standing.ranks[place]:.2f}",
+                    f"{standing.first_places[place]:.3g}", "" if told is None else f"{told.auc_prc:.2f}",
+                )
+            )  # fmt: skip
+    return rows
+
+
+def pairs(found: Comparison, method: str = "gdpd") -> Rows:
+    """What `method` gains over each other, with bounds over data sets and seeds, and Wilcoxon's test over data sets."""
+    title = method_title(method)
+    rows: Rows = [("share read", f"{title} against", "gain, points", "95 %", "better–same–worse", "p, Holm")]
+    for standing in found.standings():
+        share = "mean" if standing.earliness is None else f"{standing.earliness:.0%}"
+        for number, pair in enumerate(found.pairs(standing, method)):
+            bounds = f"{pair.gain.low:+.2f} to {pair.gain.high:+.2f}" if pair.bounded else ""
+            counts, p = "–".join(map(str, pair.counts)), "" if pair.p is None else f"{pair.p:.3f}"
+            gain = f"{pair.gain.mean:+.2f}"
+            rows.append((share if not number else "", method_title(pair.other), gain, bounds, counts, p))
+    return rows
+
+
+def cells(found: Comparison) -> Rows:
+    """AUC-PRC of every data set and earliness, mean over the seeds that all methods have, beside the teacher's."""
+    rows: Rows = [("data set", "share read", "seeds", *(method_title(m) for m in found.methods), "Teacher")]
+    for place, dataset in enumerate(found.datasets):
+        for share, earliness in enumerate(found.earliness):
+            if not found.complete[place, share]:
+                continue
+            paired = found.paired[place, share]
+            means = found.values["auc_prc"][place, share][paired].mean(axis=0)
+            told = [f"**{mean:.1f}**" if mean == means.max() else f"{mean:.1f}" for mean in means]
+            teacher = f"{np.nanmean(found.teachers[place][paired]):.1f}"
+            rows.append((dataset, f"{earliness:.0%}", str(paired.sum()), *told, teacher))
+    return rows
+
+
+def reasons(results: Sequence[Result], baselines: Sequence[str]) -> Rows:
+    """What goes with GDPD's gain over each baseline, over data sets."""
+    rows: Rows = [("GDPD against", "what may go with the gain", "data sets", "Spearman's rho", "p, Holm")]
+    for baseline in baselines:
+        for number, told in enumerate(associations(gains(results, "gdpd", baseline))):
+            first = method_title(baseline) if not number else ""
+            rows.append((first, told.cause, str(told.datasets), f"{told.rho:+.2f}", f"{told.p:.3f}"))
+    return rows
+
+
+def runs_paired(results: Sequence[Result], baselines: Sequence[str]) -> Rows:
+    """GDPD against each baseline run by run: gains over (data set, earliness, seed), and Wilcoxon's test over these."""
+    rows: Rows = [("GDPD against", "paired runs", "median gain, points", "quartiles", "better–same–worse", "p")]
+    for baseline in baselines:
+        found = gains(results, "gdpd", baseline)
+        if not found:
+            continue
+        points = np.array([gain.points for gain in found])
+        low, middle, high = np.quantile(points, [0.25, 0.5, 0.75])
+        counts = f"{(points > 0).sum()}–{(points == 0).sum()}–{(points < 0).sum()}"
+        p = wilcoxon([g.mine.auc_prc for g in found], [g.theirs.auc_prc for g in found])
+        quartiles = f"{low:+.2f} to {high:+.2f}"
+        rows.append((method_title(baseline), str(len(found)), f"{middle:+.2f}", quartiles, counts, f"{p:.3f}"))
+    return rows
+
+
+def tables(file: Path, folder: Path) -> dict[str, Rows]:
+    """Every table of the page, by the name of its markers.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_grid`, `read_results` and `compare`.
+    """
+    grid, results = read_grid(file), read_results(folder)
+    chosen = choose(results, read_recipe(folder)["search_score"])
+    found = compare(result_records(folder))
+    baselines = [label for label in grid.methods if label != "gdpd"]
+    return {
+        "progress": progress(grid, results),
+        "standings": standings(found),
+        "pairs": pairs(found),
+        "runs": runs_paired(chosen, baselines),
+        "cells": cells(found),
+        "reasons": reasons(chosen, baselines[:2]),
+    }
+
+
+def main() -> None:
+    """Write the tables into docs/results.md."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("file", type=Path, nargs="?", default=ROOT / "results" / "comparison.yaml")
+    parser.add_argument("--folder", type=Path, help="folder of the results table (default: beside the file)")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md")
+    asked = parser.parse_args()
+    for name, rows in tables(asked.file, asked.folder or asked.file.with_suffix("")).items():
+        write_between_markers(asked.page, name, markdown(rows))
+    print(f"tables written: {asked.page}")
+
+
+if __name__ == "__main__":
+    main()

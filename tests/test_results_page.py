@@ -1,0 +1,92 @@
+"""The results page says what the committed table says, and its tables what any table says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from bench import results as page
+from bench.tables import markdown
+from gdpd.experiments import Result, ResultsTable
+from gdpd.training.atomic import write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+FILE = ROOT / "results" / "comparison.yaml"
+
+
+@pytest.mark.skipif(not FILE.with_suffix("").is_dir(), reason="no results are committed yet")
+def test_the_page_is_what_the_committed_table_gives():
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    made = page.tables(FILE, FILE.with_suffix(""))
+    assert set(re.findall(r"<!-- begin (\w+) -->", text)) == set(made)
+    for name, rows in made.items():
+        written = text.split(f"<!-- begin {name} -->")[1].split(f"<!-- end {name} -->")[0]
+        assert written.strip() == markdown(rows), f"{name}: run `python -m bench.results`"
+
+
+SCORES = {"base": 60.0, "kd": 70.0, "gdpd": 75.0}
+
+
+def result(dataset: str, earliness: float, method: str, seed: int, **changes: object) -> Result:
+    place = int(dataset[-1])
+    values = {
+        "dataset": dataset, "earliness": earliness, "method": method, "seed": seed, "options": {},
+        "auc_prc": SCORES[method] + place + seed, "accuracy": 0.8, "roc_auc": 0.9, "calibration_error": 0.1,
+        "fidelity": 0.7, "kl": 0.2, "val_ce": 0.5, "val_accuracy": 0.7, "val_auc_prc": 70.0, "selected_epoch": 1,
+        "teacher_auc_prc": 95.0, "teacher_accuracy": 0.9, "teacher_val_ce": 0.1, "teacher_val_auc_prc": 95.0,
+        "teacher_p_chance": 0.01, "parameters": 10, "n_train": 30 + place**2, "n_validation": 8, "n_test": 50,
+        "seconds": 1.0, "seconds_per_epoch": 0.1, "cpu_seconds": 1.0, "peak_memory": None, "parts": {},
+        "teacher_sha256": "a", "student_sha256": "b", "software": "none",
+    }  # fmt: skip
+    return Result(**{**values, **changes})
+
+
+@pytest.fixture
+def grid(tmp_path):
+    """Six data sets, two seeds; GDPD's gain over Base-KD grows with the training set; one job is missing."""
+    file = tmp_path / "grid.yaml"
+    names = [f"Set{place}" for place in range(6)]
+    file.write_text(f"datasets: [{', '.join(names)}]\nearliness: [0.2]\nseeds: [1, 2]\nmethods: [base, kd, gdpd]\n")
+    write_json(tmp_path / "grid" / "grid.json", {"options": {}, "search_score": "auc_prc"})
+    with ResultsTable(tmp_path / "grid") as table:
+        for name in names:
+            for seed in (1, 2):
+                for method in SCORES:
+                    row = result(name, 0.2, method, seed)
+                    if method == "gdpd":
+                        row = result(name, 0.2, method, seed, auc_prc=row.auc_prc + int(name[-1]))
+                    if (name, method, seed) != ("Set5", "gdpd", 2):
+                        table.add(row)
+    return file
+
+
+def test_tables_say_what_ran_how_methods_stand_and_what_goes_with_a_gain(grid):
+    made = page.tables(grid, grid.with_suffix(""))
+    assert made["progress"][1:] == [
+        ("1", "20%", "6 of 6", "6 of 6", "6 of 6"),
+        ("2", "20%", "6 of 6", "6 of 6", "5 of 6"),
+    ]
+    _, _, _, gdpd = made["standings"]
+    assert gdpd[2:] == ("GDPD", f"**{(5 * 1.5 + 1) / 6 + 75 + 2 * 2.5:.2f}**", "1.00", "6", "73.83")
+    assert made["standings"][1][2:6] == ("Base", f"{(5 * 1.5 + 1) / 6 + 60 + 2.5:.2f}", "3.00", "0")
+    base, kd = made["pairs"][1:]
+    assert (base[1], base[2], base[4]) == ("Base", "+17.50", "6–0–0")
+    assert (kd[1], kd[2], kd[4]) == ("Base-KD", "+7.50", "6–0–0")
+    assert [row[:2] for row in made["runs"][1:]] == [("Base", "11"), ("Base-KD", "11")]
+    assert made["cells"][-1][:3] == ("Set5", "20%", "1")  # the seeds that all methods have
+    told = {row[1]: row[2:4] for row in made["reasons"][1:]}
+    assert made["reasons"][1][0] == "Base"
+    assert told["training series"] == ("6", "+1.00")
+
+
+def test_tables_go_between_the_markers_of_the_page(grid, tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "page.md"
+    names = page.tables(grid, grid.with_suffix(""))
+    copy.write_text("".join(f"<!-- begin {name} -->\nold\n<!-- end {name} -->\n" for name in names))
+    monkeypatch.setattr("sys.argv", ["results", str(grid), "--page", str(copy)])
+    page.main()
+    assert "old" not in copy.read_text()
+    assert "| GDPD |" in copy.read_text()
+    assert str(copy) in capsys.readouterr().out
