@@ -238,7 +238,7 @@ def report(
     from gdpd.report import build_comparison, build_report
 
     folders = folders or [Path("runs")]
-    outputs = output or [folders[0] / "report.html"]
+    outputs = output or [(folders[0] if folders[0].is_dir() else folders[0].parent) / "report.html"]
     if comparison is False:
         compared, runs = False, find_runs(folders)
     else:

@@ -275,18 +275,20 @@ def table(found: Comparison) -> Table:
     made = Table(header_style="bold", box=box.SIMPLE, pad_edge=False)
     made.caption_justify = "left"
     made.caption = (
-        f"Average AUC-PRC %, average rank (first places), by share of the series read. {found.complete.sum()} of "
-        f"{found.complete.size} cells have all methods."
+        f"Average AUC-PRC %, below it average rank (first places), by share of the series read. {found.complete.sum()} "
+        f"of {found.complete.size} cells have all methods."
     )
     made.add_column("method", no_wrap=True)
     for standing in standings:
         named = "mean" if standing.earliness is None else f"{100 * standing.earliness:g} %"
-        made.add_column(f"{named}, {len(standing.datasets)} sets", justify="right")
+        sets = len(standing.datasets)
+        made.add_column(f"{named}\n{sets} set{'s' if sets > 1 else ''}", justify="right", no_wrap=True)
     for place, method in enumerate(found.methods):
         cells = []
         for standing in standings:
-            told = f"{standing.mean[place]:.2f}  {standing.ranks[place]:.2f} ({standing.first_places[place]:.3g})"
-            cells.append(f"[bold]{told}[/]" if standing.mean[place] == standing.mean.max() else told)
+            score = f"{standing.mean[place]:.2f}"
+            score = f"[bold]{score}[/]" if standing.mean[place] == standing.mean.max() else score
+            cells.append(f"{score}\n{standing.ranks[place]:.2f} ({standing.first_places[place]:.3g})")
         made.add_row(method_title(method), *cells)
     return made
 
@@ -300,6 +302,8 @@ def compare(runs: Iterable[RunRecord]) -> Comparison:
         ValueError: no run; two runs of the same data set, earliness, method and seed; a run with an AUC-PRC that is
             not a percentage; one method only; no cell that all methods have.
     """
+    from gdpd.training.stages import CHANCE_LEVEL
+
     found: dict[tuple[str, float, str, int], RunRecord] = {}
     failed = []
     for run in runs:
@@ -329,7 +333,7 @@ def compare(runs: Iterable[RunRecord]) -> Comparison:
         for metric, told in METRICS.items():
             values[metric][dataset, share, seed, method] = told.scale * _number(run.metrics.get(metric))
         teachers[dataset, seed] = _number(run.teacher.get(SCORE))
-        if _is_weak(run.teacher):
+        if run.teacher.get("weak", _number(run.teacher.get("p_chance")) > CHANCE_LEVEL):
             weak.add((run.dataset, run.seed))
     made = Comparison(
         tuple(datasets),
@@ -353,12 +357,6 @@ def compare(runs: Iterable[RunRecord]) -> Comparison:
             "Finish the grid, or give the runs of fewer methods."
         )
     return made
-
-
-def _is_weak(teacher: Mapping[str, Any]) -> bool:
-    from gdpd.training.stages import CHANCE_LEVEL
-
-    return bool(teacher.get("weak", _number(teacher.get("p_chance")) > CHANCE_LEVEL))
 
 
 def _number(value: Any) -> float:

@@ -21,6 +21,7 @@ from gdpd.report.svg import css_name, method_colour, other_methods, repeats_colo
 from gdpd.report.template import check_installed, write_page
 
 _FOLLOWING = ("fidelity", "kl", "calibration_error")
+_MOST_ROWS = 40  # data sets in a chart of gains; of more, the best and the worst
 _MOST_BANDS = 7  # more lie over one another beyond telling apart; each gets bars
 _COSTS = ("seconds", "seconds_per_epoch", "cpu_seconds", "peak_memory", "peak_device_memory")
 
@@ -274,6 +275,7 @@ def _charts(
             if metric in found.values
         ],
         "gains": [],
+        "gains_left_out": max(int(found.complete.any(axis=1).sum()) - _MOST_ROWS, 0),
     }
     rivals = [method for method in found.methods if method != reference]
     telling = [method for method in rivals if method in (baseline, "kd", "gendd")]
@@ -287,7 +289,7 @@ def _charts(
 
 
 def _gains(found: Comparison, reference: str, other: str) -> tuple[list[str], np.ndarray]:
-    """Differences [data sets, earliness] of the data sets that have any, largest mean first."""
+    """Differences [data sets, earliness] of data sets that have any, largest mean first; at most `_MOST_ROWS`."""
     mine, theirs = found.methods.index(reference), found.methods.index(other)
     points = np.full(found.complete.shape, np.nan)
     for place, share in enumerate(found.earliness):
@@ -297,6 +299,8 @@ def _gains(found: Comparison, reference: str, other: str) -> tuple[list[str], np
             points[rows, place] = standing.scores[:, mine] - standing.scores[:, theirs]
     kept = np.flatnonzero(np.isfinite(points).any(axis=1))
     kept = kept[np.argsort(-np.nanmean(points[kept], axis=1), kind="stable")]
+    if len(kept) > _MOST_ROWS:
+        kept = np.concatenate([kept[: _MOST_ROWS // 2], kept[-_MOST_ROWS // 2 :]])
     return [found.datasets[row] for row in kept], points[kept]
 
 

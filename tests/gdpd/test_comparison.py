@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import re
 import shutil
 import subprocess
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from gdpd.cli import main
 from gdpd.experiments import ResultsTable
-from gdpd.experiments.comparison import compare, find_records
+from gdpd.experiments.comparison import compare, find_records, table
 from gdpd.experiments.published import PUBLISHED
 from gdpd.experiments.results import RECIPE, Result
 from gdpd.report import build_comparison, comparison, comparison_charts, svg, template
@@ -317,6 +320,29 @@ def test_a_grids_table_compares_like_its_run_folders(tmp_path) -> None:
         assert len(compared.weak_teachers) == 6  # p = 0.9: no better than chance
     with pytest.raises(ValueError, match="are both"):
         compare(find_records([runs, grid])[1])
+    assert main(["report", str(path), "--output", str(grid / "cells.csv")]) == 0
+    assert (grid / "cells.csv").read_text() == build_comparison(of_folders[1], tmp_path / "cells.csv").read_text()
+
+
+def test_the_standings_fit_a_terminal_of_eighty_columns() -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    found = compare(make_records(earliness=(0.2, 0.4, 0.6, 0.8), datasets=("A", "B"), seeds=(1,)))
+    console.print(table(found))
+    text = console.export_text()
+    assert "…" not in text
+    standing = found.standing(None)
+    assert f"{standing.mean[3]:.2f}" in text
+    assert f"{standing.ranks[3]:.2f} ({standing.first_places[3]:.3g})" in text
+    assert "8 of 8 cells" in " ".join(text.split())
+
+
+def test_a_chart_of_gains_shows_the_best_and_the_worst_of_many() -> None:
+    found = compare(make_records(tuple(f"D{number:02}" for number in range(50)), (0.2,), ("base", "gdpd"), (1,)))
+    named, points = comparison._gains(found, "gdpd", "base")
+    assert len(named) == len(points) == comparison._MOST_ROWS
+    [standing] = found.standings()
+    ordered = np.sort(standing.scores[:, 1] - standing.scores[:, 0])[::-1]
+    assert points[:, 0] == pytest.approx(np.concatenate([ordered[:20], ordered[-20:]]))
 
 
 def test_names_at_line_ends_keep_apart_and_near() -> None:
