@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gdpd_kernels as gk
+from gdpd.consistency import ConsistencyLoss
 
 TARGET_SPACES = ("autoencoder", "identity")
 
@@ -40,6 +43,9 @@ class FeaturePrior(nn.Module):
         target_space: "autoencoder", or "identity" where both widths are equal.
         prediction: what the denoiser predicts: "eps", "x0" or "v".
         num_train_timesteps, beta_schedule, beta_start, beta_end: the diffusion, as in `gdpd_kernels.alphas_cumprod`.
+        consistency_steps: 0, or the steps of a grid along whose paths a second denoiser, of the same kind, is distilled
+            beside the first (`gdpd.consistency`); it is the one that samples then, in one or a few steps.
+        timestep_spacing: of that grid.
         backend: backend of the loss, as in `gdpd_kernels.prior_loss`.
 
     Raises:
@@ -60,9 +66,13 @@ class FeaturePrior(nn.Module):
         beta_schedule: str = "linear",
         beta_start: float = 1e-4,
         beta_end: float = 0.02,
+        consistency_steps: int = 0,
+        timestep_spacing: str = "leading",
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        if consistency_steps < 0:
+            raise ValueError(f"consistency_steps={consistency_steps} is below 0. 0 leaves the prior as it is.")
         if target_space not in TARGET_SPACES:
             raise ValueError(f"target_space={target_space!r} is not known. One of: {', '.join(TARGET_SPACES)}.")
         if target_space == "identity" and teacher_dim != latent_dim:
@@ -75,8 +85,20 @@ class FeaturePrior(nn.Module):
         self.autoencoder = FeatureAutoencoder(teacher_dim, latent_dim) if target_space == "autoencoder" else None
         self.prediction = prediction
         self.backend = backend
+        self.few_step = copy.deepcopy(denoiser) if consistency_steps else None
+        if consistency_steps:
+            grid = gk.ddim_table(
+                num_train_timesteps, consistency_steps, beta_schedule, prediction=prediction, beta_start=beta_start,
+                beta_end=beta_end, timestep_spacing=timestep_spacing,
+            )  # fmt: skip
+            self.consistency = ConsistencyLoss(grid)
         alphas_cumprod = gk.alphas_cumprod(beta_schedule, num_train_timesteps, beta_start, beta_end)
         self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
+
+    @property
+    def sampler(self) -> nn.Module:
+        """The denoiser that the reverse process walks by."""
+        return self.denoiser if self.few_step is None else self.few_step
 
     def encode(self, z_long: Tensor) -> Tensor:
         """Where `z_long` [batch, teacher_dim] lies in the prior's space: [batch, A]."""
@@ -86,18 +108,23 @@ class FeaturePrior(nn.Module):
         """Stage-one losses of teacher features `z_long` [batch, teacher_dim], 0-d tensors by name.
 
         "noise": MSE of the prediction (Ho et al., 2020, eq. 14), t uniform, on the detached code;
-        "autoencoder": MSE of the reconstruction (absent in the identity space).
+        "autoencoder": MSE of the reconstruction (absent in the identity space);
+        "consistency": of the second denoiser, where there is one.
         """
         return self.losses_and_code(z_long)[0]
 
     def losses_and_code(self, z_long: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """`losses`, and the detached code [batch, A] that they come from."""
         z_long = z_long.detach()
-        if self.autoencoder is None:
-            return {"noise": self._noise_loss(z_long)}, z_long
-        code, reconstruction = self.autoencoder(z_long)
-        code = code.detach()
-        return {"noise": self._noise_loss(code), "autoencoder": F.mse_loss(reconstruction, z_long)}, code
+        code, losses = z_long, {}
+        if self.autoencoder is not None:
+            code, reconstruction = self.autoencoder(z_long)
+            code = code.detach()
+            losses["autoencoder"] = F.mse_loss(reconstruction, z_long)
+        losses = {"noise": self._noise_loss(code), **losses}
+        if self.few_step is not None:
+            losses["consistency"] = self.consistency(self.denoiser, self.few_step, code)
+        return losses, code
 
     def _noise_loss(self, code: Tensor) -> Tensor:
         # Drawn here and not by the operator, whose own draw is the same numbers on every backend and ten times slower.

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 WIDEST = 64  # the width that the paper uses; tokens over 256 are reported there to diverge
+TOKENS = 8  # what it makes of the narrowest feature there, of 512 numbers
 _DIVERGES_FROM = 256
 
 
@@ -64,19 +65,23 @@ class TokenSplit:
 
 
 def token_split(features: int, width: int | None, pad: bool = False) -> TokenSplit:
-    """The split of vectors of `features` numbers; `width` None takes the widest of at most 64 that divides them.
+    """The split of vectors of `features` numbers.
+
+    With `width` None it is the widest divisor that makes 8 tokens or more of 64 numbers or fewer: 64 of 512 to 2048, as
+    the paper cuts, and 10 of 100. With `pad`, it need not divide.
 
     Raises:
-        ValueError: as `TokenSplit`; or no width from 8 to 64 divides `features`, and none is given.
+        ValueError: as `TokenSplit`; or no divisor is near that width, and none is given.
     """
     if width is not None:
         return TokenSplit(features, width, pad)
+    limit = max(1, min(WIDEST, features // TOKENS))
     if pad:
-        return TokenSplit(features, min(features, WIDEST), pad)
-    found = max(n for n in range(1, min(features, WIDEST) + 1) if features % n == 0)
-    if found < min(features, 8):
+        return TokenSplit(features, limit, pad)
+    found = max(n for n in range(1, limit + 1) if features % n == 0)
+    if 4 * found < limit:
         raise ValueError(
-            f"the teacher's feature of {features} numbers has no divisor from 8 to {WIDEST} to cut it by. Give "
-            f"pad_tokens=True, which adds zeros up to the next multiple of {WIDEST}, or a token_width of your own."
+            f"the teacher's feature of {features} numbers has no divisor near {limit} to cut it by, only {found}. Give "
+            "pad_tokens=True, which fills up the last token with zeros, or a token_width of your own."
         )
     return TokenSplit(features, found)

@@ -58,6 +58,8 @@ class GDPD(ReverseDistiller):
         num_train_timesteps, beta_schedule, beta_start, beta_end: the diffusion, as in `gdpd_kernels.ddim_table`;
             beta_schedule="flow" with prediction="v" is a flow-matching prior.
         num_inference_steps, window, timestep_spacing, eta: the sampler's steps, likewise.
+        consistency_steps: 0, or the steps of the grid from which a denoiser for few steps is distilled in the warm-up
+            (`gdpd.consistency`); it takes the place of the prior's in the reverse process.
         backend: backend of both operators.
 
     Raises:
@@ -90,6 +92,7 @@ class GDPD(ReverseDistiller):
         beta_start: float = 1e-4,
         beta_end: float = 0.02,
         eta: float = 0.0,
+        consistency_steps: int = 0,
         backend: str = "auto",
     ) -> None:
         super().__init__(
@@ -109,6 +112,7 @@ class GDPD(ReverseDistiller):
             beta_start=beta_start,
             beta_end=beta_end,
             eta=eta,
+            consistency_steps=consistency_steps,
             backend=backend,
         )
         if warmup_epochs < 0:
@@ -167,7 +171,7 @@ class GDPD(ReverseDistiller):
         if self.conditioning == "fusion":
             return super().reverse(z, alpha, num_samples)
         z = z.repeat(num_samples, 1)
-        return guided_reverse(self.prior.denoiser, z, torch.randn_like(z), self.table, self.guidance_scale)
+        return guided_reverse(self.prior.sampler, z, torch.randn_like(z), self.table, self.guidance_scale)
 
     def prior_runs_in_training(self) -> bool:
         """Unless the prior is frozen."""

@@ -51,10 +51,10 @@ class GenDD(Distiller):
         two_stage: diffusion loss alone for the first `warmup_epochs`, then the probe alone on a student that is held
             still; otherwise both together.
         warmup_epochs: of `two_stage`.
-        token_width: width of a token; None: the widest divisor of D up to 64.
+        token_width: width of a token; None: as `gdpd.tokens.token_split` finds it.
         pad_tokens: fill up the last token with zeros where the width does not divide D.
         mixup: parameter of the Beta distribution that the share of the mix is drawn from; 0 does not mix.
-        repeats: how often a token is repeated in a step.
+        repeats: how often a token is repeated in a step (the paper's 10 to 50 cost 5 to 25 times as much).
         drop_condition: share of the rows whose condition is dropped.
         hidden, blocks: size of the head (the paper's 1024 and 3 are for ImageNet).
         variance: "learned" (between its bounds, by the variational term) or "posterior" (fixed; the loss is then
@@ -92,7 +92,7 @@ class GenDD(Distiller):
         token_width: int | None = None,
         pad_tokens: bool = False,
         mixup: float = 1.0,
-        repeats: int = 10,
+        repeats: int = 2,
         drop_condition: float = 0.2,
         hidden: int = 128,
         blocks: int = 3,

@@ -33,6 +33,8 @@ class ReverseDistiller(Distiller):
         prediction: what the denoiser predicts: "eps", "x0" or "v".
         num_train_timesteps, beta_schedule, beta_start, beta_end: the diffusion, as in `gdpd_kernels.ddim_table`.
         num_inference_steps, window, timestep_spacing, eta: the sampler's steps, likewise.
+        consistency_steps: 0, or the steps of the grid from which a denoiser for few steps is distilled, see
+            `gdpd.prior.FeaturePrior`; the sampler's steps have to be among the grid's.
         backend: backend of both operators.
 
     Raises:
@@ -58,6 +60,7 @@ class ReverseDistiller(Distiller):
         beta_start: float = 1e-4,
         beta_end: float = 0.02,
         eta: float = 0.0,
+        consistency_steps: int = 0,
         backend: str = "auto",
     ) -> None:
         super().__init__(student, loss_ratio=loss_ratio)
@@ -85,9 +88,16 @@ class ReverseDistiller(Distiller):
             width,
             target_space=target_space,
             prediction=self.table.prediction,
+            consistency_steps=consistency_steps,
+            timestep_spacing=timestep_spacing,
             backend=backend,
             **diffusion,
         )
+        if consistency_steps and not set(self.table.timesteps) <= set(self.prior.consistency.steps.tolist()):
+            raise ValueError(
+                f"consistency_steps={consistency_steps} makes a grid without some of the sampler's steps "
+                f"{self.table.timesteps}. Take a multiple of num_inference_steps, of twice as many with window='lower'."
+            )
         self.trans = nn.Linear(student.feature_dim, width)
         self.fusion = NoiseFusion(width, alpha)
         self.proj = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width))
@@ -107,7 +117,7 @@ class ReverseDistiller(Distiller):
         """z_hat [num_samples · batch, A], where the reverse process from alpha z + (1 - alpha) eps ends."""
         samples = None if num_samples == 1 else num_samples
         z_hat = gk.reverse_sample(
-            self.prior.denoiser, z, table=self.table, alpha=alpha, num_samples=samples, backend=self.backend
+            self.prior.sampler, z, table=self.table, alpha=alpha, num_samples=samples, backend=self.backend
         )
         return z_hat if samples is None else z_hat.flatten(0, 1)
 
@@ -140,9 +150,9 @@ class ReverseDistiller(Distiller):
         module = copy.deepcopy(self).eval()
         z_short = module.trans(module.student(x_prefix, lengths)[0])
         alpha = module.fusion(z_short)
-        module.prior.denoiser.train(self.prior_runs_in_training())
+        module.prior.sampler.train(self.prior_runs_in_training())
         start = noise_fused_init(z_short, alpha, torch.randn_like(z_short))
-        z_k = trajectory(module.prior.denoiser, start, self.table)
+        z_k = trajectory(module.prior.sampler, start, self.table)
         steps = torch.tensor(self.table.timesteps)
         alpha = alpha.expand(len(z_short), -1)
         return {"z_short": z_short, "alpha": alpha, "z_k": z_k, "z_hat": z_k[-1], "timesteps": steps}

@@ -22,16 +22,16 @@ def test_tokens_are_consecutive_numbers_and_join_to_the_vector(features: int, wi
 
 
 @pytest.mark.parametrize(
-    ("features", "width", "tokens"), [(100, 50, 2), (512, 64, 8), (32, 32, 1), (66, 33, 2), (5, 5, 1), (7, 7, 1)]
+    ("features", "width", "tokens"), [(100, 10, 10), (512, 64, 8), (2048, 64, 32), (32, 4, 8), (66, 6, 11), (7, 1, 7)]
 )
-def test_the_width_taken_is_the_widest_divisor_up_to_64(features: int, width: int, tokens: int) -> None:
+def test_the_width_taken_makes_eight_tokens_or_more_of_at_most_64(features: int, width: int, tokens: int) -> None:
     split = token_split(features, None)
     assert (split.width, split.tokens) == (width, tokens)
 
 
 def test_padding_that_is_asked_for_keeps_the_paper_s_width() -> None:
-    assert token_split(100, None, pad=True) == TokenSplit(100, 64, True)
-    assert token_split(40, None, pad=True) == TokenSplit(40, 40, True)
+    assert token_split(600, None, pad=True) == TokenSplit(600, 64, True)
+    assert token_split(97, None, pad=True) == TokenSplit(97, 12, True)
 
 
 @pytest.mark.parametrize(
@@ -39,8 +39,8 @@ def test_padding_that_is_asked_for_keeps_the_paper_s_width() -> None:
     [
         (100, 64, r"token_width=64 does not divide .* 100 numbers. .* \(1, 2, 4, .*, 50, 100\), or pad_tokens"),
         (100, 0, "width=0"),
-        (97, None, "97 numbers has no divisor from 8 to 64.*pad_tokens=True"),
-        (134, None, "134 numbers has no divisor"),
+        (97, None, "97 numbers has no divisor near 12 to cut it by, only 1.*pad_tokens=True"),
+        (134, None, "134 numbers has no divisor near 16"),
     ],
 )
 def test_what_does_not_divide_is_refused_with_the_way_out(features: int, width: int | None, told: str) -> None:
