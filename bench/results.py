@@ -18,11 +18,13 @@ from gdpd.experiments import Grid, choose, read_grid, read_results, result_recor
 from gdpd.experiments.comparison import Comparison, compare
 from gdpd.experiments.explain import associations, gains
 from gdpd.experiments.published import PUBLISHED
+from gdpd.experiments.records import RunRecord
 from gdpd.experiments.results import Result, read_recipe
 from gdpd.experiments.statistics import wilcoxon
-from gdpd.methods import method_title
+from gdpd.methods import method_order, method_title
 
 ROOT = Path(__file__).resolve().parents[1]
+FULL = 0.9  # share of the best covered method's runs that a method of the main tables has
 
 
 def progress(grid: Grid, results: Sequence[Result]) -> Rows:
@@ -111,7 +113,19 @@ def runs_paired(results: Sequence[Result], baselines: Sequence[str]) -> Rows:
     return rows
 
 
-def tables(file: Path, folder: Path) -> dict[str, Rows]:
+def split(runs: Sequence[RunRecord]) -> tuple[list[str], list[str]]:
+    """The methods that have (nearly) all the runs that any has, and those that lag behind, both in order.
+
+    A comparison takes only what all its methods have: one that has just begun would leave little of the others.
+    """
+    counts = Counter(run.method for run in runs)
+    most = max(counts.values())
+    ordered = sorted(counts, key=method_order)
+    full = [method for method in ordered if counts[method] >= FULL * most]
+    return full, [method for method in ordered if method not in full]
+
+
+def tables(file: Path, folder: Path) -> dict[str, str]:
     """Every table of the page, by the name of its markers.
 
     Raises:
@@ -119,16 +133,31 @@ def tables(file: Path, folder: Path) -> dict[str, Rows]:
     """
     grid, results = read_grid(file), read_results(folder)
     chosen = choose(results, read_recipe(folder)["search_score"])
-    found = compare(result_records(folder))
-    baselines = [label for label in grid.methods if label != "gdpd"]
-    return {
+    runs = result_records(folder)
+    full, late = split(runs)
+    found = compare(run for run in runs if run.method in full)
+    baselines = [method for method in full if method != "gdpd"]
+    made = {
         "progress": progress(grid, results),
         "standings": standings(found),
         "pairs": pairs(found),
-        "runs": runs_paired(chosen, baselines),
+        "runs": runs_paired(chosen, [*baselines, *late]),
         "cells": cells(found),
         "reasons": reasons(chosen, baselines[:2]),
     }
+    told = {name: markdown(rows) for name, rows in made.items()}
+    told["late"] = "All methods are in the tables above." if not late else _late(runs, late)
+    return told
+
+
+def _late(runs: Sequence[RunRecord], late: Sequence[str]) -> str:
+    names = ", ".join(map(method_title, late))
+    try:
+        every = compare(runs)
+    except ValueError:
+        return f"{names}: no cell yet that all methods have."
+    kept = f"{every.complete.sum()} of {every.complete.size} cells have all methods, {names} included:"
+    return f"{kept}\n\n{markdown(standings(every))}\n\n{markdown(cells(every))}"
 
 
 def main() -> None:
@@ -138,8 +167,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="folder of the results table (default: beside the file)")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md")
     asked = parser.parse_args()
-    for name, rows in tables(asked.file, asked.folder or asked.file.with_suffix("")).items():
-        write_between_markers(asked.page, name, markdown(rows))
+    for name, table in tables(asked.file, asked.folder or asked.file.with_suffix("")).items():
+        write_between_markers(asked.page, name, table)
     print(f"tables written: {asked.page}")
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bench import results as page
-from bench.tables import markdown
 from gdpd.experiments import Result, ResultsTable
 from gdpd.training.atomic import write_json
 
@@ -21,9 +21,9 @@ def test_the_page_is_what_the_committed_table_gives():
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     made = page.tables(FILE, FILE.with_suffix(""))
     assert set(re.findall(r"<!-- begin (\w+) -->", text)) == set(made)
-    for name, rows in made.items():
+    for name in made:
         written = text.split(f"<!-- begin {name} -->")[1].split(f"<!-- end {name} -->")[0]
-        assert written.strip() == markdown(rows), f"{name}: run `python -m bench.results`"
+        assert written.strip() == made[name], f"{name}: run `python -m bench.results`"
 
 
 SCORES = {"base": 60.0, "kd": 70.0, "gdpd": 75.0}
@@ -62,23 +62,42 @@ def grid(tmp_path):
     return file
 
 
+def table(text: str) -> list[list[str]]:
+    """The cells of a Markdown table, below its header."""
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
+
+
 def test_tables_say_what_ran_how_methods_stand_and_what_goes_with_a_gain(grid):
-    made = page.tables(grid, grid.with_suffix(""))
-    assert made["progress"][1:] == [
-        ("1", "20%", "6 of 6", "6 of 6", "6 of 6"),
-        ("2", "20%", "6 of 6", "6 of 6", "5 of 6"),
-    ]
-    _, _, _, gdpd = made["standings"]
-    assert gdpd[2:] == ("GDPD", f"**{(5 * 1.5 + 1) / 6 + 75 + 2 * 2.5:.2f}**", "1.00", "6", "73.83")
-    assert made["standings"][1][2:6] == ("Base", f"{(5 * 1.5 + 1) / 6 + 60 + 2.5:.2f}", "3.00", "0")
-    base, kd = made["pairs"][1:]
+    made = {name: table(text) for name, text in page.tables(grid, grid.with_suffix("")).items()}
+    assert made["progress"] == [["1", "20%", *["6 of 6"] * 3], ["2", "20%", "6 of 6", "6 of 6", "5 of 6"]]
+    base, kd, gdpd = made["standings"]
+    seeds = (5 * 1.5 + 1) / 6  # the mean over the seeds that all methods have
+    assert gdpd[2:] == ["GDPD", f"**{seeds + 75 + 2 * 2.5:.2f}**", "1.00", "6", "73.83"]
+    assert base[2:6] == ["Base", f"{seeds + 60 + 2.5:.2f}", "3.00", "0"]
+    assert kd[2] == "Base-KD"
+    base, kd = made["pairs"]
     assert (base[1], base[2], base[4]) == ("Base", "+17.50", "6–0–0")
     assert (kd[1], kd[2], kd[4]) == ("Base-KD", "+7.50", "6–0–0")
-    assert [row[:2] for row in made["runs"][1:]] == [("Base", "11"), ("Base-KD", "11")]
-    assert made["cells"][-1][:3] == ("Set5", "20%", "1")  # the seeds that all methods have
-    told = {row[1]: row[2:4] for row in made["reasons"][1:]}
-    assert made["reasons"][1][0] == "Base"
-    assert told["training series"] == ("6", "+1.00")
+    assert [row[:2] for row in made["runs"]] == [["Base", "11"], ["Base-KD", "11"]]
+    assert made["cells"][-1][:3] == ["Set5", "20%", "1"]
+    told = {row[1]: row[2:4] for row in made["reasons"]}
+    assert made["reasons"][0][0] == "Base"
+    assert told["training series"] == ["6", "+1.00"]
+
+
+def test_a_method_that_has_just_begun_has_tables_of_its_own(grid):
+    before = page.tables(grid, grid.with_suffix(""))
+    assert before["late"] == "All methods are in the tables above."
+    with ResultsTable(grid.with_suffix("")) as rows:
+        rows.add(replace(result("Set3", 0.2, "kd", 1), method="fits", auc_prc=99.0))
+    made = page.tables(grid, grid.with_suffix(""))
+    for name in ("standings", "pairs", "cells"):
+        assert made[name] == before[name]
+    assert "1 of 6 cells have all methods, Fits included" in made["late"]
+    assert "**99.00**" in made["late"]
+    with ResultsTable(grid.with_suffix("")) as rows:
+        rows.add(replace(result("Set9", 0.2, "kd", 1), method="gendd"))
+    assert page.tables(grid, grid.with_suffix(""))["late"] == "Fits, GenDD: no cell yet that all methods have."
 
 
 def test_tables_go_between_the_markers_of_the_page(grid, tmp_path, monkeypatch, capsys):

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return code if isinstance(code, int) else 0
         raise KeyboardInterrupt
     except (KeyboardInterrupt, typer.Abort):
-        hint = "`gdpd distill --resume` goes on from the last checkpoint, `gdpd demo` by itself"
+        hint = "`gdpd distill --resume` goes on from the last checkpoint, `gdpd grid` and `gdpd demo` by themselves"
         return _say(f"interrupted; {hint}", _INTERRUPTED)
     except usage_error as error:
         context = getattr(error, "ctx", None)

@@ -43,12 +43,14 @@ class Job:
         config: its options.
         label: the method's name in the grid.
         options: the options that differ from those common to the grid.
+        trial: those of them that the method's search sets.
         teacher: (data set, seed): one teacher serves every method, trial and earliness.
     """
 
     config: RunConfig
     label: str
     options: dict[str, Any]
+    trial: dict[str, Any]
     teacher: tuple[str, int]
 
     @property
@@ -59,8 +61,8 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Name of the job's run folder, such as `GunPoint-e0.2-gdpd-s1`; options of a search or override follow."""
-        told = "".join(f"-{key}={value}" for key, value in sorted(self.options.items()))
+        """Name of the job's run folder, such as `GunPoint-e0.2-gdpd-s1`; the options of a trial follow."""
+        told = "".join(f"-{key}={value}" for key, value in self.trial.items())
         kept = "".join(character if character.isalnum() or character in "-_=.," else "_" for character in told)
         return f"{run_name(self.config, self.label)}{kept}"
 
@@ -178,7 +180,7 @@ class Grid:
                         "method": variant.method,
                     }
                 )
-                jobs.append(Job(config, label, _own_options(config, recipe, label), (dataset, seed)))
+                jobs.append(Job(config, label, _own_options(config, recipe, label), trial, (dataset, seed)))
         return jobs
 
 

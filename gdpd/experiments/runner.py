@@ -40,7 +40,7 @@ class Task:
         dataset, seed = self.teacher
         if self.job is None:
             return f"{Path(dataset).stem}, teacher, seed {seed}"
-        config, told = self.job.config, "".join(f", {key} {value}" for key, value in self.job.options.items())
+        config, told = self.job.config, "".join(f", {key} {value}" for key, value in self.job.trial.items())
         share = f"{100 * config.earliness:g} % read"
         return f"{Path(dataset).stem}, {share}, {self.job.label}, seed {seed}{told}"
 

@@ -29,6 +29,9 @@ def test_a_grid_is_every_combination_with_one_teacher_per_dataset_and_seed():
     assert len({job.key for job in jobs}) == len({job.name for job in jobs}) == len(jobs) == 2 * 2 * 2 * 2
     assert {job.teacher for job in jobs} == {(d, s) for d in GRID.datasets for s in GRID.seeds}
     assert all(job.config.epochs == 3 and job.options == {} for job in jobs)
+    searched = Grid(*_axes(GRID), {}, {}, {label: Variant(label, {}, SEARCH) for label in GRID.methods}).jobs()
+    assert len({job.key for job in searched}) == len({job.name for job in searched}) == 32
+    assert searched[0].name == "GunPoint-e0.2-base-s1-loss_ratio=0.1"
 
 
 def test_a_grid_that_stops_anywhere_has_compared_all_methods_on_the_same_cells():

@@ -106,6 +106,14 @@ def test_sizes_that_do_not_fit_are_found_before_any_job(tmp_path):
         preflight(grid.jobs())
 
 
+def test_features_that_do_not_divide_into_tokens_are_found_before_any_job(tmp_path):
+    small = {"teacher_model": "lstm", "student_model": "lstm", "teacher_options": {"hidden": 10, "layers": 1}}
+    methods = {"gendd": {"options": {"method_options": {"token_width": 4}}}}
+    grid = read_grid(write(tmp_path, methods=methods, options=small, datasets=["ItalyPowerDemand"], per_dataset=None))
+    with pytest.raises(ValueError, match=r"gendd on ItalyPowerDemand: token_width=4 does not divide"):
+        preflight(grid.jobs())
+
+
 def test_a_dry_run_says_what_is_left_and_does_nothing(tmp_path, made_training, capsys):
     assert main(["grid", str(write(tmp_path)), "--dry-run"]) == 0
     assert "48 jobs, 48 of them to be done" in capsys.readouterr().out
