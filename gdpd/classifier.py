@@ -34,7 +34,7 @@ _PREPARING = ("earliness", "prefix_mode", "normalisation", "resample_to", "missi
 # Options of a run in a folder, or given by other means here.
 _CLOSED = {
     "dataset", "data_dir", "seed", "teacher_dir", "checkpoint_every", "clean_checkpoints", "tensorboard", "devices",
-    "strategy",
+    "strategy", "student_part", "student_channels",
 }  # fmt: skip
 
 

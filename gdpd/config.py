@@ -49,6 +49,16 @@ class RunConfig:
         group="data",
         choices=("raw", "stretch"),
     )
+    student_part: str = option(
+        "prefix",
+        "Which steps of a series the student reads: the first (early classification) or the last. "
+        "The teacher reads all.",
+        group="data",
+        choices=("prefix", "suffix"),
+    )
+    student_channels: tuple[int, ...] = option(
+        (), "Channels that the student reads, from 0 (none given: all). The teacher reads all.", group="data"
+    )
     normalisation: str = option(
         "none",
         "Scaling of the inputs: none, per series over its prefix only, or by training statistics.",
@@ -342,6 +352,15 @@ class RunConfig:
                 )
         elif not 0.0 <= self.alpha <= 1.0:
             raise ValueError(f"alpha={self.alpha} is outside [0, 1]. It is the share of z_short in the start.")
+        if min(self.student_channels, default=0) < 0 or len(set(self.student_channels)) < len(self.student_channels):
+            raise ValueError(
+                f"student_channels={self.student_channels} holds a channel below 0, or one twice. Count from 0."
+            )
+        if self.student_part == "suffix" and self.method_options.get("align") == "steps":
+            raise ValueError(
+                "align='steps' compares step i of the student with step i of the teacher, which are of other times "
+                "with student_part='suffix'. Use align='stretch'."
+            )
         if any(m < 1 for m in self.lr_milestones):
             raise ValueError(f"lr_milestones={self.lr_milestones} holds an epoch below 1.")
 

@@ -12,6 +12,7 @@ from gdpd.data.transform import (
     prefix_length,
     resample,
     standardise,
+    suffix,
     train_statistics,
     z_normalise,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "resample",
     "standardise",
     "stratified_split",
+    "suffix",
     "train_statistics",
     "z_normalise",
 ]

@@ -14,11 +14,13 @@ from gdpd.data.labels import canonical_labels, encode_labels, stratified_split
 from gdpd.data.series import channel_mean, fill_missing, pad_series
 from gdpd.data.transform import (
     NORMALISATIONS,
+    PARTS,
     FutureLeakWarning,
     is_z_normalised,
     prefix,
     resample,
     standardise,
+    suffix,
     train_statistics,
 )
 
@@ -73,7 +75,7 @@ class TimeSeriesData:
         return bool((self.lengths_train == self.length).all() and (self.lengths_test == self.length).all())
 
     def prefixes(
-        self, split: Literal["train", "test"], earliness: float = 1.0, mode: str = "raw"
+        self, split: Literal["train", "test"], earliness: float = 1.0, mode: str = "raw", part: str = "prefix"
     ) -> tuple[np.ndarray, np.ndarray]:
         """The prefixes of one split, normalised as the set was loaded to be.
 
@@ -84,6 +86,7 @@ class TimeSeriesData:
             split: ``"train"`` or ``"test"``.
             earliness: share of each series, in (0, 1].
             mode: ``"raw"`` or ``"stretch"``, see :func:`gdpd.data.prefix`.
+            part: ``"prefix"``, or ``"suffix"`` for the last steps in place of the first.
 
         Returns:
             ``(X_prefix, lengths_prefix)``: float32 ``(n, channels, steps)``, int64 ``(n,)``.
@@ -93,8 +96,11 @@ class TimeSeriesData:
         """
         if split not in ("train", "test"):
             raise ValueError(f"split={split!r} is not 'train' or 'test'")
+        if part not in PARTS:
+            raise ValueError(f"part={part!r} is not one of {', '.join(map(repr, PARTS))}")
         X, lengths = (self.X_train, self.lengths_train) if split == "train" else (self.X_test, self.lengths_test)
-        return prefix(X, lengths, earliness, mode, normalise=self.meta.get("normalisation") == "prefix")
+        cut = prefix if part == "prefix" else suffix
+        return cut(X, lengths, earliness, mode, normalise=self.meta.get("normalisation") == "prefix")
 
 
 def load_dataset(

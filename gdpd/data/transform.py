@@ -10,6 +10,7 @@ from gdpd.data.series import valid_steps
 
 NORMALISATIONS = ("none", "prefix", "train")
 PREFIX_MODES = ("raw", "stretch")
+PARTS = ("prefix", "suffix")
 
 
 class FutureLeakWarning(UserWarning):
@@ -105,6 +106,29 @@ def prefix(
     step = (cut - 1) / np.maximum(full - 1, 1)
     positions = np.arange(time)[None, :] * step[:, None]
     return _interpolate(out, positions, cut, full).astype(X.dtype), full
+
+
+def suffix(
+    X: np.ndarray, lengths: np.ndarray | None, earliness: float, mode: str = "raw", *, normalise: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cut each series to its last ``int(earliness * length)`` steps, which stand first in the result.
+
+    :func:`prefix` of the series read backwards, read forwards again: arguments, result and errors are its own.
+    """
+    X = np.asarray(X)
+    full = np.full(len(X), X.shape[-1]) if lengths is None else np.asarray(lengths, dtype=np.int64)
+    if X.ndim != 3 or full.shape != (len(X),) or full.max(initial=0) > X.shape[2]:
+        return prefix(X, lengths, earliness, mode, normalise=normalise)  # which says what is wrong
+    cut, cut_lengths = prefix(_backwards(X, full), full, earliness, mode, normalise=normalise)
+    return _backwards(cut, cut_lengths), cut_lengths
+
+
+def _backwards(X: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Each series with its valid steps in reverse order, zero after its end; another array."""
+    steps = np.arange(X.shape[2])
+    places = np.clip(np.asarray(lengths)[:, None] - 1 - steps, 0, None)
+    turned = np.take_along_axis(X, places[:, None, :], axis=2)
+    return np.where(valid_steps(lengths, X.shape[2])[:, None, :], turned, 0).astype(X.dtype)
 
 
 def prefix_length(lengths: np.ndarray, earliness: float) -> np.ndarray:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_FAR = 1e30  # stands for infinity: some hundred of them still add up, and their differences are no NaN
+
 
 def soft_dtw(
     x: Tensor, y: Tensor, gamma: float, x_lengths: Tensor | None = None, y_lengths: Tensor | None = None
@@ -50,56 +52,57 @@ def soft_dtw(
 
 
 class _SoftDTW(torch.autograd.Function):
-    """r[i, j] = cost[i, j] + softmin(r[i-1, j-1], r[i-1, j], r[i, j-1]); the value is r at each pair's last cell."""
+    """r[i, j] = cost[i, j] + softmin(r[i-1, j-1], r[i-1, j], r[i, j-1]); the value is r at each pair's last cell.
+
+    Kept is q = -r / gamma, q[i, j] = logsumexp(q[i-1, j-1], q[i-1, j], q[i, j-1]) - cost[i, j] / gamma. The batch comes
+    last in memory, so that a diagonal and the one moved by a row are both contiguous.
+    """
 
     @staticmethod
     def forward(ctx: Any, cost: Tensor, gamma: float, last_row: Tensor, last_column: Tensor) -> Tensor:
         batch, n, m = cost.shape
-        diagonals = _by_diagonals(cost)  # [n + m - 1, batch, n]: cell (i, j) at [i + j, :, i]
-        shares = diagonals.new_empty(len(diagonals), 3, batch, n)  # of each predecessor in the softmin
-        table = torch.empty_like(diagonals)
-        # One place before row 0: infinite, but for the corner that the path starts from.
-        before = cost.new_full((batch, n + 1), torch.inf)
-        corner = before.clone()
-        corner[:, 0] = 0
-        two_before = corner
-        for d, here in enumerate(diagonals):
-            from_ = torch.stack((two_before[:, :-1], before[:, :-1], before[:, 1:])) / -gamma
-            soft = from_.logsumexp(dim=0)
-            shares[d] = (from_ - soft).exp().nan_to_num_(0.0)  # no predecessor: -inf + inf
-            table[d] = here - gamma * soft
-            two_before, before = before, F.pad(table[d], (1, 0), value=torch.inf)
-        rows = torch.arange(batch, device=cost.device)
-        ctx.save_for_backward(shares, last_row, last_column, rows)
-        ctx.columns = m
-        return table[last_row + last_column, rows, last_row]
+        costs = _by_diagonals(cost / gamma)
+        # Before the first diagonal two more, and a place before row 0: out of reach, but for the corner paths start at.
+        table = cost.new_full((n + m + 1, n + 1, batch), -_FAR)
+        table[0, 0] = 0
+        soft = torch.empty_like(costs)  # logsumexp of the predecessors
+        above, here = table[:, :-1].unbind(0), table[:, 1:].unbind(0)
+        for d, (costs_here, soft_here) in enumerate(zip(costs.unbind(0), soft.unbind(0), strict=True)):
+            torch.logaddexp(torch.logaddexp(above[d], above[d + 1]), here[d + 1], out=soft_here)
+            torch.sub(soft_here, costs_here, out=here[d + 2])
+        pairs = torch.arange(batch, device=cost.device)
+        ctx.save_for_backward(table, soft, last_row, last_column, pairs)
+        return -gamma * table[last_row + last_column + 2, last_row + 1, pairs]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        shares, last_row, last_column, rows = ctx.saved_tensors
-        steps, _, batch, n = shares.shape
+        table, soft, last_row, last_column, pairs = ctx.saved_tensors
+        # The share of each predecessor in the softmin of each cell, by diagonals.
+        corner, above, left = (
+            (part - soft).exp_().unbind(0) for part in (table[:-2, :-1], table[1:-1, :-1], table[1:-1, 1:])
+        )
         # d value / d r by diagonals; the cost's gradient is the same, since r holds it with factor 1.
-        flow = shares.new_zeros(steps, batch, n)
-        flow[last_row + last_column, rows, last_row] = gradient
-        for d in range(steps - 1, 0, -1):
-            corner, above, left = shares[d] * flow[d]
-            flow[d - 1] += left
-            flow[d - 1, :, :-1] += above[:, 1:]
+        flow = torch.zeros_like(soft)
+        flow[last_row + last_column, last_row, pairs] = gradient
+        parts, but_last = flow.unbind(0), flow[:, :-1].unbind(0)
+        for d in range(len(parts) - 1, 0, -1):
+            parts[d - 1].addcmul_(left[d], parts[d])
+            but_last[d - 1].addcmul_(above[d][1:], parts[d][1:])
             if d > 1:
-                flow[d - 2, :, :-1] += corner[:, 1:]
-        return _from_diagonals(flow, ctx.columns), None, None, None
+                but_last[d - 2].addcmul_(corner[d][1:], parts[d][1:])
+        return _from_diagonals(flow, len(parts) + 1 - flow.shape[1]), None, None, None
 
 
 def _by_diagonals(cost: Tensor) -> Tensor:
-    """[batch, n, m] with row i moved i places to the right, as [n + m - 1, batch, n]; infinite outside."""
+    """Cell (i, j) of [batch, n, m] at [i + j, i] of [n + m - 1, n, batch]; out of reach elsewhere."""
     batch, n, m = cost.shape
-    wide = F.pad(cost, (0, n), value=torch.inf).reshape(batch, -1)  # rows one longer than those read next
-    return wide[:, : n * (n + m - 1)].view(batch, n, n + m - 1).permute(2, 0, 1).contiguous()
+    wide = F.pad(cost, (0, n), value=_FAR).reshape(batch, -1)  # rows one longer than those read next
+    return wide[:, : n * (n + m - 1)].view(batch, n, n + m - 1).permute(2, 1, 0).contiguous()
 
 
 def _from_diagonals(diagonals: Tensor, m: int) -> Tensor:
-    """The reverse of `_by_diagonals`: [n + m - 1, batch, n] to [batch, n, m]."""
-    _, batch, n = diagonals.shape
-    flat = F.pad(diagonals.permute(1, 2, 0).reshape(batch, -1), (0, n))
+    """The reverse of `_by_diagonals`: [n + m - 1, n, batch] to [batch, n, m]."""
+    _, n, batch = diagonals.shape
+    flat = F.pad(diagonals.permute(2, 1, 0).reshape(batch, -1), (0, n))
     return flat.view(batch, n, n + m)[:, :, :m]

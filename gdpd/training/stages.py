@@ -21,7 +21,7 @@ from gdpd.training.history import History, Progress
 from gdpd.training.loop import derived_seed, fit, scores_of
 from gdpd.training.selection import Selection
 from gdpd.training.teacher_outputs import teacher_outputs
-from gdpd.training.tensors import Prepared, TrainingSet, outputs
+from gdpd.training.tensors import Prepared, Series, TrainingSet, outputs
 
 CHANCE_LEVEL = 0.05  # of the permutation test that a teacher has to pass
 PERMUTATIONS = 2000
@@ -60,11 +60,10 @@ class Session:
     rehearsed: Distiller | None = None
     teacher_home: Path | None = None
 
-    def build(self, name: str, options: dict[str, Any], *seed: Any) -> Classifier:
-        """A network by name, its weights drawn from the run's seed and `seed`."""
+    def build(self, name: str, options: dict[str, Any], read: Series, *seed: Any) -> Classifier:
+        """A network by name for the channels of what it reads, its weights drawn from the run's seed and `seed`."""
         torch.manual_seed(derived_seed(self.config.seed, *seed))
-        shape = {"in_channels": self.prepared.in_channels, "num_classes": self.prepared.num_classes}
-        return build_model(name, **shape, **options)
+        return build_model(name, in_channels=read.x.shape[1], num_classes=self.prepared.num_classes, **options)
 
     def fit(self, distiller: Distiller, train: TrainingSet, validation: Any, **options: Any) -> None:
         """`gdpd.training.loop.fit` within this session."""
@@ -84,8 +83,8 @@ class Teacher:
 
 def build_teacher(session: Session, candidate: int = 0) -> Classifier:
     """The teacher's network with the first weights of the given candidate."""
-    config = session.config
-    return session.build(config.teacher_model, config.teacher_options, "teacher", candidate)
+    config, read = session.config, session.prepared.full_train
+    return session.build(config.teacher_model, config.teacher_options, read, "teacher", candidate)
 
 
 def build_student(session: Session, teacher: Classifier) -> Distiller:
@@ -97,7 +96,7 @@ def build_student(session: Session, teacher: Classifier) -> Distiller:
         ValueError: unknown network, method or option; widths that cannot meet.
     """
     config = session.config
-    student = session.build(config.student_model, config.student_options, "student")
+    student = session.build(config.student_model, config.student_options, session.prepared.prefix_train, "student")
     torch.manual_seed(derived_seed(config.seed, "method"))
     shared = {**config.to_dict(), "warmup_epochs": config.warmup, "teacher_sequence_dim": teacher.sequence_dim}
     distiller = build_distiller(config.method, student, teacher.feature_dim, shared, **config.method_options)

@@ -90,7 +90,7 @@ class TrainingSet:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The splits of a data set, full (for the teacher) and as prefixes (for the student); test splits may be empty."""
+    """The splits of a data set, full (for the teacher) and as the student reads them; test splits may be empty."""
 
     full_train: Series
     full_validation: Series
@@ -99,7 +99,6 @@ class Prepared:
     prefix_validation: Series
     prefix_test: Series
     num_classes: int
-    in_channels: int
     name: str
     digest: str
 
@@ -116,7 +115,7 @@ def prepare(data: TimeSeriesData, config: RunConfig) -> Prepared:
 
     Raises:
         ValueError: fewer than two classes, a class that no training series has, a value that is not finite, a
-            prefix of zero steps, or too few series to hold some out.
+            prefix of zero steps, a channel that is not there, or too few series to hold some out.
     """
     check_data(data)
     train, validation = stratified_split(data.y_train, config.validation_fraction, config.seed)
@@ -126,10 +125,14 @@ def prepare(data: TimeSeriesData, config: RunConfig) -> Prepared:
             f"{len(train)} of {len(np.unique(data.y_train[train]))} class(es) are left to train on. Give more series."
         )
     splits: dict[str, Series] = {}
+    channels = _student_channels(data, config)
     for kind, earliness, mode in (("full", 1.0, "raw"), ("prefix", config.earliness, config.prefix_mode)):
         for split in ("train", "test"):
             y = data.y_train if split == "train" else data.y_test
-            x, lengths = data.prefixes(split, earliness, mode)
+            part = "prefix" if kind == "full" else config.student_part
+            x, lengths = data.prefixes(split, earliness, mode, part)
+            if kind == "prefix":
+                x = x[:, channels]
             equal = data.equal_length
             for name, index in (
                 {"train": train, "validation": validation}.items()
@@ -142,8 +145,18 @@ def prepare(data: TimeSeriesData, config: RunConfig) -> Prepared:
                     None if equal else torch.from_numpy(lengths[index]),
                 )
     return Prepared(
-        **splits, num_classes=data.n_classes, in_channels=data.n_channels, name=data.name, digest=_digest(data)
+        **splits, num_classes=data.n_classes, name=data.name, digest=_digest(data)
     )
+
+
+def _student_channels(data: TimeSeriesData, config: RunConfig) -> list[int]:
+    channels = list(config.student_channels) or list(range(data.n_channels))
+    if max(channels) >= data.n_channels:
+        raise ValueError(
+            f"student_channels={config.student_channels}: {data.name} has {data.n_channels} channel(s). Give numbers "
+            f"of 0..{data.n_channels - 1}, or none for all."
+        )
+    return channels
 
 
 def check_data(data: TimeSeriesData) -> None:

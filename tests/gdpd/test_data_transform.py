@@ -17,6 +17,7 @@ from gdpd.data import (
     prefix_length,
     resample,
     standardise,
+    suffix,
     train_statistics,
     z_normalise,
 )
@@ -73,6 +74,41 @@ def test_a_prefix_never_depends_on_later_steps(seed: int, earliness: float, mode
     np.testing.assert_array_equal(first_lengths, second_lengths)
     np.testing.assert_array_equal(first_lengths, cut if mode == "raw" else lengths)
     assert not first[np.broadcast_to(np.arange(first.shape[2]) >= first_lengths[:, None, None], first.shape)].any()
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("mode", ["raw", "stretch"])
+def test_a_suffix_is_the_last_steps_of_each_series(mode: str, normalise: bool) -> None:
+    X, lengths = random_series(3, 5, 2, 12)
+    found, cut = suffix(X, lengths, 0.5, mode, normalise=normalise)
+    assert found.dtype == X.dtype
+    for i, length in enumerate(lengths):
+        share = int(0.5 * length)
+        last = X[i : i + 1, :, length - share : length]
+        if normalise:
+            last = z_normalise(last, np.array([share]))
+        if mode == "stretch":
+            places = np.arange(length) * (share - 1) / max(length - 1, 1)
+            last = np.stack([[np.interp(places, np.arange(share), channel) for channel in last[0]]])
+        assert cut[i] == last.shape[2] == (share if mode == "raw" else length)
+        np.testing.assert_allclose(found[i, :, : cut[i]], last[0], atol=1e-5)
+        assert not found[i, :, cut[i] :].any()
+    np.testing.assert_array_equal(suffix(X, lengths, 1.0)[0], prefix(X, lengths, 1.0)[0])
+
+
+def test_a_suffix_refuses_what_a_prefix_refuses() -> None:
+    X = np.zeros((2, 1, 4), dtype=np.float32)
+    with pytest.raises(ValueError, match=r"earliness=0\.1 of series 0"):
+        suffix(X, None, 0.1)
+    with pytest.raises(ValueError, match="lengths must be"):
+        suffix(X, np.array([4]), 0.5)
+    with pytest.raises(ValueError, match="lengths must be"):
+        suffix(X, np.array([9, 4]), 0.5)
+    with pytest.raises(ValueError, match="expected"):
+        suffix(X[0], None, 0.5)
+    made = load_dataset("GunPoint", normalisation="prefix")
+    with pytest.raises(ValueError, match="part='middle' is not one of"):
+        made.prefixes("train", 0.5, "raw", "middle")
 
 
 def test_earliness_one_changes_nothing() -> None:
