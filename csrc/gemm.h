@@ -33,6 +33,12 @@ __attribute__((noinline)) void gemm_kernel(const T* coef, long sl, long depth, c
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) acc[i][v] = start;
   }
+  if (init == kAdd) {
+#pragma GCC unroll 32
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) __builtin_prefetch(y + i * ldy + v * L, 1);
+  }
   for (long l = 0; l < depth; ++l) {
     V<T> xv[NV];
 #pragma GCC unroll 4

@@ -5,7 +5,7 @@
       each_task(l, [&](int n, long tile) {
         if (d >= n && d - n < chunks) forward_chunk(l, n, tile, d - n);
       });
-      barrier.wait(l.threads);
+      meet(l);
     }
   }
 
@@ -79,27 +79,28 @@
     T* c_n = ends ? state_row(static_cast<T*>(call.c_n), n, l, rank) : nullptr;
     const bool drop = drops(n);
     if (drop) dropout_mask(n, t, row_of(l, rank), l.mask);
-    for (long u = 0; u < hidden; u += L) {
-      const V<T> i = vsigmoid(load_at(gate, u, hidden));
-      const V<T> f = vsigmoid(load_at(gate + hidden, u, hidden));
-      const V<T> g = vtanh(load_at(gate + 2 * hidden, u, hidden));
-      const V<T> o = vsigmoid(load_at(gate + 3 * hidden, u, hidden));
+    each_vector([&](auto whole, long at_gate, long stride, long u, long n_units) {
+      const T* p = gate + at_gate;
+      const V<T> i = vsigmoid(get(whole, p, n_units));
+      const V<T> f = vsigmoid(get(whole, p + stride, n_units));
+      const V<T> g = vtanh(get(whole, p + 2 * stride, n_units));
+      const V<T> o = vsigmoid(get(whole, p + 3 * stride, n_units));
       const V<T> cell = f * load(c + u) + i * g;
       const V<T> value = o * vtanh(cell);
       store(c + u, cell);
       P::store_operand(h, u, value);
       if (handed) P::store_operand(handed, u, drop ? value * load(l.mask + u) : value);
       if (saved) {
-        store_at(saved, u, hidden, i);
-        store_at(saved + hidden, u, hidden, f);
-        store_at(saved + 2 * hidden, u, hidden, g);
-        store_at(saved + 3 * hidden, u, hidden, o);
-        store_at(saved + 4 * hidden, u, hidden, cell);
+        put(whole, saved + at_gate, n_units, i);
+        put(whole, saved + at_gate + stride, n_units, f);
+        put(whole, saved + at_gate + 2 * stride, n_units, g);
+        put(whole, saved + at_gate + 3 * stride, n_units, o);
+        put(whole, saved + gates + u, n_units, cell);
       }
-      if (output) store_at(output, u, hidden, value);
+      if (output) put(whole, output + u, n_units, value);
       if (h_n) {
-        store_at(h_n, u, hidden, value);
-        store_at(c_n, u, hidden, cell);
+        put(whole, h_n + u, n_units, value);
+        put(whole, c_n + u, n_units, cell);
       }
-    }
+    });
   }

@@ -64,18 +64,11 @@ struct Products {
     T* panel(int p) const { return w + depth * first(p) * L; }
   };
 
-  // Packs panel p of weights: w [outputs][width] (turned), or w [width][outputs] (as it lies). `room` holds
-  // width × kPanel vectors.
-  static void pack_panel(const Packed& to, int p, const T* w, long width, long outputs, bool turned, T* room) {
-    const long ld = long(to.width(p)) * L, at = long(to.first(p)) * L;
-    const long columns = outputs - at < ld ? outputs - at : ld;
-    T* panel = Product::pairs ? room : to.panel(p);
-    if (columns < ld) __builtin_memset(panel, 0, sizeof(T) * width * ld);
-    if (turned) {
-      transpose(w + at * width, width, columns, width, panel, ld);
-    } else {
-      for (long l = 0; l < width; ++l) __builtin_memcpy(panel + l * ld, w + l * outputs + at, sizeof(T) * columns);
-    }
+  // Where panel p is to be written in floats, row after row of as many as its vectors have; then what makes it operands,
+  // if they are others. `room` holds depth × kPanel vectors.
+  static T* panel_floats(const Packed& to, int p, T* room) { return Product::pairs ? room : to.panel(p); }
+  static void finish_panel(const Packed& to, int p, T* panel, long width) {
+    const long ld = long(to.width(p)) * L;
     if constexpr (Product::pairs) pair_rows(panel, ld, width, int(ld), to.panel(p), ld);
     if constexpr (Product::rounds && !Product::pairs) round_bf16(panel, width * ld, panel);
   }
@@ -143,36 +136,36 @@ struct Products {
     }
   }
 
-  // dw[j][k] += sum over l of g[l][j] x[l][k]: the gradient of weights from up to kDepth rows of gate gradients and
-  // operands, for `gates` gates. x and dw are read and written in whole vectors of k. `room` holds kDepth × (gates and
-  // vectors of k).
-  static constexpr long kDepth = 128;  // a panel of x for so many rows stays in the first-level cache
-  static void accumulate(const T* g, long ldg, int gates, const T* x, long ldx, int vectors, long depth, T* dw,
+  // dw[k][j] += sum over l of x[l][k] g[l][j]: the gradient of weights, turned, from up to kDepth rows of operands and
+  // gate gradients. Gates lie along the lanes, which they fill at any multiple of four units. g and dw are read and
+  // written in whole vectors of j. `room` holds kDepth × (whole vectors of k and of j).
+  static constexpr long kDepth = 128;  // a panel of g for so many rows stays in the first-level cache
+  static void accumulate(const T* x, long ldx, long width, const T* g, long ldg, int vectors, long depth, T* dw,
                          long lddw, T* room) {
     if constexpr (Product::rounds) {
-      const long to_ldg = GK_ROUND_UP(gates, L), to_ldx = long(vectors) * L;
-      T *to_g = room, *to_x = room + kDepth * to_ldg;
+      const long to_ldx = GK_ROUND_UP(width, L), to_ldg = long(vectors) * L;
+      T *to_x = room, *to_g = room + kDepth * to_ldx;
       if constexpr (Product::pairs) {
-        pair_rows(g, ldg, depth, int(to_ldg), to_g, to_ldg);
         pair_rows(x, ldx, depth, int(to_ldx), to_x, to_ldx);
+        pair_rows(g, ldg, depth, int(to_ldg), to_g, to_ldg);
         depth = (depth + 1) / 2;
       } else {
         for (long l = 0; l < depth; ++l) {
-          round_bf16(g + l * ldg, gates, to_g + l * to_ldg);
-          round_bf16(x + l * ldx, to_ldx, to_x + l * to_ldx);
+          round_bf16(x + l * ldx, width, to_x + l * to_ldx);
+          round_bf16(g + l * ldg, to_ldg, to_g + l * to_ldg);
         }
       }
-      g = to_g, ldg = to_ldg;
       x = to_x, ldx = to_ldx;
+      g = to_g, ldg = to_ldg;
     }
     for (int v = 0; v < vectors;) {
-      const int left = vectors - v, width = left > 4 || left == 3 ? 3 : left > 1 ? 2 : 1;
-      if (width == 3) Gemm<T, Product, 3>::run(g, ldg, false, gates, depth, x, ldx, dw, lddw, kAdd, nullptr);
-      if (width == 2) Gemm<T, Product, 2>::run(g, ldg, false, gates, depth, x, ldx, dw, lddw, kAdd, nullptr);
-      if (width == 1) Gemm<T, Product, 1>::run(g, ldg, false, gates, depth, x, ldx, dw, lddw, kAdd, nullptr);
-      x += width * L;
-      dw += width * L;
-      v += width;
+      const int left = vectors - v, panel = left > 4 || left == 3 ? 3 : left > 1 ? 2 : 1;
+      if (panel == 3) Gemm<T, Product, 3>::run(x, ldx, false, int(width), depth, g, ldg, dw, lddw, kAdd, nullptr);
+      if (panel == 2) Gemm<T, Product, 2>::run(x, ldx, false, int(width), depth, g, ldg, dw, lddw, kAdd, nullptr);
+      if (panel == 1) Gemm<T, Product, 1>::run(x, ldx, false, int(width), depth, g, ldg, dw, lddw, kAdd, nullptr);
+      g += panel * L;
+      dw += panel * L;
+      v += panel;
     }
   }
 };
