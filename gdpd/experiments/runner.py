@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sqlite3
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from gdpd.experiments.preflight import preflight
 from gdpd.experiments.results import RECIPE, Result, ResultsTable
 from gdpd.experiments.workers import LocalProcesses, ThisProcess, WorkerLost, Workers, check_counts
 
+LOCK = "grid.lock"
 TRIES = 3  # a task whose worker died is run again until it has been tried so often
 
 
@@ -94,7 +96,8 @@ def run_grid(
         listener: told how it goes on, in this process.
 
     Raises:
-        ValueError: bad input, see `read_grid`, `check_folder` and `preflight`; worker or thread counts out of range.
+        ValueError: bad input, see `read_grid`, `check_folder` and `preflight`; worker or thread counts out of range;
+            another process at work in the folder.
         FileNotFoundError: a data set that is not there.
     """
     from gdpd.training.atomic import write_json
@@ -102,7 +105,7 @@ def run_grid(
     listener = listener or Listener()
     if isinstance(workers, int):
         check_counts(workers, threads)
-    with ResultsTable(folder) as table:
+    with _alone(folder), ResultsTable(folder) as table:
         jobs, missing, recipe = _plan(grid, folder, table)
         write_json(folder / RECIPE, recipe)
         listener.planned(len(jobs))
@@ -129,6 +132,20 @@ def _plan(grid: Grid, folder: Path, table: ResultsTable) -> tuple[list[Job], lis
     missing = [job for job in jobs if job.key not in known]
     preflight(missing)
     return jobs, missing, recipe
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process; the lock is SQLite's, so that it goes with the process however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = sqlite3.connect(folder / LOCK, timeout=0, isolation_level=None)
+    with contextlib.closing(lock):
+        try:
+            lock.execute("BEGIN EXCLUSIVE")
+        except sqlite3.OperationalError as error:
+            told = f"another process carries out a grid in {folder} ({error}). Wait for it, or stop it."
+            raise ValueError(told) from error
+        yield
 
 
 @contextlib.contextmanager

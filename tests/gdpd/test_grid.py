@@ -185,6 +185,26 @@ def test_an_option_that_is_newer_than_the_table_counts_as_at_its_default(tmp_pat
         run_grid(GRID, tmp_path, workers=0)
 
 
+class SecondGrid(Listener):
+    """Starts the same grid again while it runs."""
+
+    def __init__(self, folder) -> None:
+        self.folder, self.refused = folder, 0
+
+    def started(self, task) -> None:
+        with pytest.raises(ValueError, match="another process carries out a grid in"):
+            run_grid(GRID, self.folder, workers=0)
+        self.refused += 1
+
+
+def test_one_process_at_a_time_carries_out_a_grid(tmp_path, made_training):
+    second = SecondGrid(tmp_path)
+    outcomes = run_grid(GRID, tmp_path, workers=0, listener=second)
+    assert {outcome.status for outcome in outcomes} == {"done"}
+    assert second.refused == 16 + 4
+    assert run_grid(GRID, tmp_path, workers=0)[0].status == "skipped"
+
+
 @pytest.mark.parametrize("bad", [{"workers": -1}, {"threads": 0}])
 def test_worker_and_thread_counts_are_checked(tmp_path, bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
