@@ -30,8 +30,9 @@ lint: $(VENV)/.dev  ## ruff over everything
 types: $(VENV)/.dev  ## mypy over both packages
 	$(PY) -m mypy
 
-docs: $(VENV)/.dev  ## links, docstrings and wording of the documentation
+docs: $(VENV)/.dev  ## links and docstrings, then the documentation as a site in site/; warnings are errors
 	$(PY) docs/check.py
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
 
 bench: $(VENV)/.dev  ## every benchmark once, at its smallest size, to see that it runs
 	$(PY) -m bench.smoke
@@ -44,7 +45,7 @@ wheel: $(VENV)/.dev  ## sdist and manylinux wheel in dist/, built without torch,
 	$(PY) packaging/check_wheel.py dist/*.whl
 
 clean:  ## remove what was built or measured, keep .venv
-	rm -rf build dist .coverage .asv .pytest_cache .mypy_cache .ruff_cache .hypothesis $(DEMO)
+	rm -rf build dist site .coverage .asv .pytest_cache .mypy_cache .ruff_cache .hypothesis $(DEMO)
 
 # torch first and pinned: the package asks for no more than torch>=2.9, so left to itself pip may choose another
 # release. No build isolation: pybind11 and setuptools are already there, and the optional compiled module then

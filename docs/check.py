@@ -1,4 +1,5 @@
-"""`make docs`: links and anchors of every Markdown file resolve, and everything public has a docstring.
+"""`make docs`: links and anchors of every Markdown file resolve, every page is in the site, and everything public has a
+docstring.
 
 The code in the documentation is run by tests/test_docs.py.
 """
@@ -44,6 +45,15 @@ def broken_links(page: Path) -> Iterator[str]:
             yield f"{page.name}: {target} names no heading"
 
 
+def unlisted(root: Path = ROOT) -> Iterator[str]:
+    """Pages of docs/ that the site's navigation, in mkdocs.yml, leaves out."""
+    listed = set(re.findall(r"([\w/-]+\.md)$", (root / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
+    for page in sorted(root.glob("docs/**/*.md")):
+        name = page.relative_to(root / "docs").as_posix()
+        if name not in listed:
+            yield f"{name}: not in the nav of mkdocs.yml"
+
+
 def undocumented(path: Path) -> Iterator[str]:
     """The module, and its public classes and functions, as far as they have no docstring."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -57,7 +67,7 @@ def undocumented(path: Path) -> Iterator[str]:
 
 def main() -> int:
     """Print what is wrong, one line each; exit code 1 if anything is."""
-    wrong = [problem for page in documents() for problem in broken_links(page)]
+    wrong = [problem for page in documents() for problem in broken_links(page)] + list(unlisted())
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
             wrong += [f"no docstring: {path.parent.name}/{name}" for name in undocumented(path)]
