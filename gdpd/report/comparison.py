@@ -246,7 +246,8 @@ def _charts(
         return made
 
     # The mean over earliness first: the others differ from it in detail.
-    tested = [(standing, standing.test) for standing in [*standings[-1:], *standings[:-1]] if standing.test is not None]
+    ordered = sorted(standings, key=lambda standing: standing.earliness is not None)
+    tested = [(standing, standing.test) for standing in ordered if standing.test is not None]
     made: dict[str, Any] = {
         "scores": charts.over_earliness(
             "scores",
@@ -305,7 +306,8 @@ def _gains(found: Comparison, reference: str, other: str) -> tuple[list[str], np
 
 
 def _teacher_level(found: Comparison) -> float:
-    known = found.teachers[np.isfinite(found.teachers).any(axis=1)]
+    """Mean AUC-PRC of the teachers over the data sets that count anywhere; NaN where none was recorded."""
+    known = found.teachers[found.complete.any(axis=1) & np.isfinite(found.teachers).any(axis=1)]
     return float(np.nanmean(known, axis=1).mean()) if len(known) else float("nan")
 
 

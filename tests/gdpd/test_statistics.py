@@ -142,10 +142,21 @@ def test_bootstrap_has_the_variance_of_its_two_stages() -> None:
     values = 70 + 5 * random.normal(size=(n_datasets, 1)) + 3 * random.normal(size=(n_datasets, n_seeds))
     interval = statistics.bootstrap_mean(values, resamples=20000)
     between, within = values.mean(axis=1).var(), values.var(axis=1).mean() / n_seeds
-    expected = np.sqrt((between + within) / n_datasets)
+    expected = np.sqrt((between + within) / (n_datasets - 1))  # resamples vary by n: the expanded percentiles undo that
     assert interval.mean == pytest.approx(values.mean())
-    assert (interval.high - interval.low) / (2 * 1.96) == pytest.approx(expected, rel=0.03)
+    t = scipy.stats.t.isf(0.025, n_datasets - 1)
+    assert (interval.high - interval.low) / (2 * t) == pytest.approx(expected, rel=0.03)
     assert (interval.high + interval.low) / 2 == pytest.approx(values.mean(), abs=0.1)
+
+
+@pytest.mark.parametrize(("n_datasets", "least"), [(6, 0.92), (12, 0.93)])
+def test_intervals_cover_the_mean_of_few_data_sets(n_datasets: int, least: float) -> None:
+    random = np.random.default_rng(0)
+    columns = random.normal(size=(n_datasets, 1, 1000)) + random.normal(size=(n_datasets, 3, 1000))
+    for values in (columns, columns[:, :1]):  # three seeds and one; each column is a study of its own
+        interval = statistics.bootstrap_mean(values)
+        covered = np.mean((interval.low <= 0) & (interval.high >= 0))
+        assert least < covered < 0.98
 
 
 def test_bootstrap_pairs_its_columns_and_repeats() -> None:
