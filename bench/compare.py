@@ -54,9 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     limits = peak.measure(pace.peak)
     _show("machine", tables.machine(limits))
-    timed = {
-        case: _tell(case.name, lambda c=case: measure(c, figures.TIMED[c], pace.table)) for case in wanted.table
-    }
+    timed = {case: _tell(case.name, lambda c=case: measure(c, figures.TIMED[c], pace.table)) for case in wanted.table}
     lines = figures.from_timings(timed, limits)
     if "memory" in wanted.extras:
         lines += [_tell(f"memory {case.name}", lambda c=case: figures.extra_memory(c)) for case in figures.MEMORY]

@@ -22,6 +22,7 @@ from gdpd.experiments.records import RunRecord
 from gdpd.experiments.results import Result, read_recipe
 from gdpd.experiments.statistics import wilcoxon
 from gdpd.methods import method_order, method_title
+from gdpd.training.stages import CHANCE_LEVEL
 
 ROOT = Path(__file__).resolve().parents[1]
 FULL = 0.9  # share of the best covered method's runs that a method of the main tables has
@@ -87,6 +88,37 @@ def cells(found: Comparison) -> Rows:
     return rows
 
 
+def teachers(results: Sequence[Result]) -> Rows:
+    """What there is to learn from and to select on, by data set: series, the teachers, full marks on validation."""
+    rows: Rows = [
+        (
+            "data set",
+            "training series",
+            "validation series",
+            "Teacher: test",
+            "validation",
+            "weak",
+            "Base",
+            "runs with 100 %",
+        )
+    ]
+    for dataset in sorted({row.dataset for row in results}):
+        mine = [row for row in results if row.dataset == dataset]
+        by_seed = list({row.seed: row for row in mine}.values())
+        weak = sum(row.teacher_p_chance > CHANCE_LEVEL for row in by_seed)
+        full = sum(row.val_auc_prc >= 100 - 1e-9 for row in mine)
+        base = [row.auc_prc for row in mine if row.method == "base"]
+        rows.append(
+            (
+                dataset, str(mine[0].n_train), str(mine[0].n_validation),
+                f"{np.mean([row.teacher_auc_prc for row in by_seed]):.1f}",
+                f"{np.mean([row.teacher_val_auc_prc for row in by_seed]):.1f}", f"{weak} of {len(by_seed)}",
+                f"{np.mean(base):.1f}" if base else "", f"{full} of {len(mine)}",
+            )
+        )  # fmt: skip
+    return rows
+
+
 def reasons(results: Sequence[Result], baselines: Sequence[str]) -> Rows:
     """What goes with GDPD's gain over each baseline, over data sets."""
     rows: Rows = [("GDPD against", "what may go with the gain", "data sets", "Spearman's rho", "p, Holm")]
@@ -143,6 +175,7 @@ def tables(file: Path, folder: Path) -> dict[str, str]:
         "pairs": pairs(found),
         "runs": runs_paired(chosen, [*baselines, *late]),
         "cells": cells(found),
+        "teachers": teachers(chosen),
         "reasons": reasons(chosen, baselines[:2]),
     }
     told = {name: markdown(rows) for name, rows in made.items()}

@@ -80,6 +80,7 @@ def test_tables_say_what_ran_how_methods_stand_and_what_goes_with_a_gain(grid):
     assert (kd[1], kd[2], kd[4]) == ("Base-KD", "+7.50", "6–0–0")
     assert [row[:2] for row in made["runs"]] == [["Base", "11"], ["Base-KD", "11"]]
     assert made["cells"][-1][:3] == ["Set5", "20%", "1"]
+    assert made["teachers"][3] == ["Set3", "39", "8", "95.0", "95.0", "0 of 2", "64.5", "0 of 6"]
     told = {row[1]: row[2:4] for row in made["reasons"]}
     assert made["reasons"][0][0] == "Base"
     assert told["training series"] == ["6", "+1.00"]
