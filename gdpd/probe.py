@@ -33,6 +33,7 @@ class LinearProbe(nn.Linear):
 
     def forward(self, feature: Tensor) -> Tensor:
         """Logits [batch, classes] of features [batch, features]; in training mode moves the running statistics."""
+        feature = feature.to(torch.promote_types(feature.dtype, torch.float32))
         mean, variance = self.mean, self.variance
         if self.training:
             mean, variance = feature.mean(dim=0), feature.var(dim=0, unbiased=False)

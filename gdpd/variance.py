@@ -64,6 +64,7 @@ class LearnedRange(nn.Module):
             0-d.
         """
         tables = self.log_posterior, self.log_beta, self.mean_shift
+        v = v.to(torch.promote_types(v.dtype, torch.float32))  # logarithms of -20 to 0 need more than bfloat16
         low, high, shift = (table[t][:, None].to(v.dtype) for table in tables)
         log_variance = low + 0.5 * (v + 1) * (high - low)
         apart = (shift * (predicted.detach() - eps)).square() * torch.exp(-log_variance)

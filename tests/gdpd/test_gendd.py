@@ -266,6 +266,22 @@ def test_the_guided_head_runs_natively() -> None:
     torch.testing.assert_close(fused.sample(x, seed=1)[0], plain.sample(x, seed=1)[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("variance", ["learned", "posterior"])
+def test_under_autocast_the_loss_is_that_of_float32_to_rounding(variance: str) -> None:
+    made, data = gendd(variance=variance).float(), batch()
+    for name in ("x_prefix", "z_long", "teacher_logits"):
+        setattr(data, name, getattr(data, name).float())
+    losses = []
+    for enabled in (False, True):
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss, parts = made.loss(data, 0)
+        loss.backward()
+        losses.append(torch.stack([loss.detach().float(), *(part.float() for part in parts.values())]))
+    torch.testing.assert_close(losses[1], losses[0], rtol=0.05, atol=0.02)
+    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in made.parameters())
+
+
 def test_class_means_are_means_by_class_and_zero_without_series() -> None:
     features, y = torch.randn(6, 2), torch.tensor([0, 2, 0, 2, 2, 0])
     found = class_means(features, y, 4)
