@@ -25,18 +25,24 @@ from gdpd.methods import method_order, method_title
 from gdpd.training.stages import CHANCE_LEVEL
 
 ROOT = Path(__file__).resolve().parents[1]
-FULL = 0.9  # share of the best covered method's runs that a method of the main tables has
+FULL = 0.75  # share of the best covered method's runs that a method of the main tables has
 
 
 def progress(grid: Grid, results: Sequence[Result]) -> Rows:
-    """How many jobs of each seed and earliness are done, by method."""
+    """How many jobs of each seed and earliness are done, by method; where none has begun, in one row."""
     planned = Counter((job.key.seed, job.key.earliness, job.label) for job in grid.jobs())
     keys = {job.key for job in grid.jobs()}
     done = Counter((row.seed, row.earliness, row.method) for row in results if row.key in keys)
     rows: Rows = [("seed", "share read", *(method_title(label) for label in grid.methods))]
     for seed, earliness in itertools.product(grid.seeds, grid.earliness):
         counts = [(seed, earliness, label) for label in grid.methods]
-        rows.append((str(seed), f"{earliness:.0%}", *(f"{done[key]} of {planned[key]}" for key in counts)))
+        if any(done[key] for key in counts):
+            rows.append((str(seed), f"{earliness:.0%}", *(f"{done[key]} of {planned[key]}" for key in counts)))
+            for key in counts:
+                del planned[key]
+    if planned:
+        rest = Counter(label for _, _, label in planned.elements())
+        rows.append(("the rest", "", *(f"0 of {rest[label]}" for label in grid.methods)))
     return rows
 
 
@@ -65,7 +71,7 @@ def pairs(found: Comparison, method: str = "gdpd") -> Rows:
     rows: Rows = [("share read", f"{title} against", "gain, points", "95 %", "better–same–worse", "p, Holm")]
     for standing in found.standings():
         share = "mean" if standing.earliness is None else f"{standing.earliness:.0%}"
-        for number, pair in enumerate(found.pairs(standing, method)):
+        for number, pair in enumerate(found.pairs(standing, method) if method in found.methods else ()):
             bounds = f"{pair.gain.low:+.2f} to {pair.gain.high:+.2f}" if pair.bounded else ""
             counts, p = "–".join(map(str, pair.counts)), "" if pair.p is None else f"{pair.p:.3f}"
             gain = f"{pair.gain.mean:+.2f}"

@@ -86,6 +86,12 @@ def test_tables_say_what_ran_how_methods_stand_and_what_goes_with_a_gain(grid):
     assert told["training series"] == ["6", "+1.00"]
 
 
+def test_what_has_not_begun_is_one_row(grid):
+    grid.write_text(grid.read_text().replace("earliness: [0.2]", "earliness: [0.4, 0.2, 0.8]"))
+    made = table(page.tables(grid, grid.with_suffix(""))["progress"])
+    assert [row[:3] for row in made] == [["1", "20%", "6 of 6"], ["2", "20%", "6 of 6"], ["the rest", "", "0 of 24"]]
+
+
 def test_a_method_that_has_just_begun_has_tables_of_its_own(grid):
     before = page.tables(grid, grid.with_suffix(""))
     assert before["late"] == "All methods are in the tables above."
