@@ -231,6 +231,12 @@ def report(
             show_default="comparison of a grid's table, or of three data sets and more",
         ),
     ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="Method of a comparison that the others are set against.", show_default="gdpd, else the best by rank"
+        ),
+    ] = None,
 ) -> None:
     """Print the table of some finished runs and write one self-contained HTML report about them."""
     from gdpd.experiments import find_runs, summarise
@@ -248,8 +254,10 @@ def report(
     if compared:
         _console().print(table(compare(runs)))
         for path in outputs:
-            typer.echo(f"report: {build_comparison(runs, path, title)}")
+            typer.echo(f"report: {build_comparison(runs, path, title, reference)}")
         return
+    if reference is not None:
+        raise ValueError(f"reference={reference}: only a comparison has one; add --comparison")
     for path in outputs:
         if path.suffix.lower() in (".csv", ".tex"):
             raise ValueError(f"output={path}: tables in {path.suffix} are of a comparison; add --comparison")

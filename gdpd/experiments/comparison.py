@@ -69,6 +69,7 @@ class Standing:
         mean: of `scores` over data sets, [methods].
         ranks: average ranks, [methods]; 1 is best.
         first_places: numbers of data sets, [methods]; ties share one.
+        teacher: mean AUC-PRC of the same data sets' and seeds' teachers on full series, percent; NaN where unknown.
         test: the tests behind a critical-difference diagram; None for fewer than two data sets or methods.
     """
 
@@ -78,6 +79,7 @@ class Standing:
     mean: np.ndarray
     ranks: np.ndarray
     first_places: np.ndarray
+    teacher: float
     test: CriticalDifference | None
 
 
@@ -169,10 +171,19 @@ class Comparison:
         names, values = self.at(earliness)
         if not names:
             return None
-        scores = _over_seeds(values)
+        scores, counted = _over_seeds(values), np.isfinite(values).all(axis=2)
+        rows = [self.datasets.index(name) for name in names]
+        teachers = np.where(counted, self.teachers[rows], 0.0).sum(axis=1) / counted.sum(axis=1)
         tested = critical_difference(scores) if len(names) > 1 and len(self.methods) > 1 else None
         return Standing(
-            earliness, names, scores, scores.mean(axis=0), average_ranks(scores), first_places(scores), tested
+            earliness,
+            names,
+            scores,
+            scores.mean(axis=0),
+            average_ranks(scores),
+            first_places(scores),
+            float(teachers.mean()),
+            tested,
         )
 
     def standings(self) -> list[Standing]:

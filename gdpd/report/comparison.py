@@ -15,6 +15,7 @@ from gdpd.experiments.published import DATASETS, METHODS, MODEL, PUBLISHED, SEED
 from gdpd.experiments.records import RunRecord
 from gdpd.experiments.statistics import Interval, average_ranks, first_places, ranks
 from gdpd.methods import TEACHER, method_title
+from gdpd.options import nearest
 from gdpd.report import comparison_charts as charts
 from gdpd.report.settings import settings, versions
 from gdpd.report.svg import css_name, method_colour, other_methods, repeats_colour
@@ -26,7 +27,9 @@ _MOST_BANDS = 7  # more lie over one another beyond telling apart; each gets bar
 _COSTS = ("seconds", "seconds_per_epoch", "cpu_seconds", "peak_memory", "peak_device_memory")
 
 
-def build_comparison(runs: Iterable[RunRecord], output: Path, title: str | None = None) -> Path:
+def build_comparison(
+    runs: Iterable[RunRecord], output: Path, title: str | None = None, reference: str | None = None
+) -> Path:
     """Write one self-contained HTML page that compares the methods of some runs over their data sets.
 
     Args:
@@ -34,12 +37,14 @@ def build_comparison(runs: Iterable[RunRecord], output: Path, title: str | None 
         output: the file to write; replaced if it is there. Its suffix chooses what is written: .html the page, .tex its
             tables for LaTeX with booktabs, to be `\\input`, .csv every cell (see `write_cells`).
         title: heading of the page; by default what is compared.
+        reference: the method that the others are set against; by default GDPD, or without it the best by average rank.
 
     Returns:
         `output`.
 
     Raises:
-        ValueError: no run, a run given twice, one method only, no cell that all methods have, or another suffix.
+        ValueError: no run, a run given twice, one method only, no cell that all methods have, or another suffix; a
+            reference that is not among the methods.
         ImportError: jinja2, matplotlib or scipy is not installed; they come with the extra "report".
         OSError: the page cannot be written; nothing half-written is left.
     """
@@ -50,11 +55,11 @@ def build_comparison(runs: Iterable[RunRecord], output: Path, title: str | None 
     if suffix == ".csv":
         return write_cells(found, output)
     if suffix == ".tex":
-        return write_page(output, "comparison.tex.j2", **_tables(found, runs))
+        return write_page(output, "comparison.tex.j2", **_tables(found, runs, reference))
     if suffix not in (".html", ".htm"):
         raise ValueError(f"output={output}: the suffix chooses the format; one of .html, .csv and .tex")
-    tables = _tables(found, runs)
-    others, reference = other_methods(found.methods), tables["reference"]
+    tables = _tables(found, runs, reference)
+    others = other_methods(found.methods)
     return write_page(
         output,
         "comparison.html.j2",
@@ -62,17 +67,23 @@ def build_comparison(runs: Iterable[RunRecord], output: Path, title: str | None 
         title=title or f"{len(found.methods)} methods on {_several(len(found.datasets), 'data set')}",
         methods=[(method, tables["names"][method], css_name(method, others)) for method in found.methods],
         css={method: css_name(method, others) for method in found.methods},
-        charts=_charts(found, tables["standings"], reference, tables["names"], others),
+        charts=_charts(found, tables["standings"], tables["reference"], tables["names"], others),
         paper={"source": SOURCE, "datasets": DATASETS, "seeds": SEEDS, "model": MODEL},
         settings=settings(runs),
         versions=versions(runs),
     )
 
 
-def _tables(found: Comparison, runs: Sequence[RunRecord]) -> dict[str, Any]:
+def _tables(found: Comparison, runs: Sequence[RunRecord], reference: str | None) -> dict[str, Any]:
     """What the tables of the page and those in LaTeX are made from."""
     standings = found.standings()
-    reference = reference_method(found, standings)
+    if reference is None:
+        reference = "gdpd" if "gdpd" in found.methods else found.methods[int(np.argmin(standings[-1].ranks))]
+    elif reference not in found.methods:
+        known = ", ".join(found.methods)
+        raise ValueError(
+            f"reference={reference!r} is not compared{nearest(reference, found.methods)}. One of: {known}."
+        )
     return {
         "found": found,
         "coverage": coverage(found),
@@ -122,11 +133,6 @@ def write_cells(found: Comparison, output: Path) -> Path:
                 writer.writerow(cell)
     write_bytes(output, text.getvalue().encode())
     return output
-
-
-def reference_method(found: Comparison, standings: Sequence[Standing]) -> str:
-    """The method that the others are set against: GDPD, or without it the one of best average rank."""
-    return "gdpd" if "gdpd" in found.methods else found.methods[int(np.argmin(standings[-1].ranks))]
 
 
 def coverage(found: Comparison) -> dict[str, Any]:
@@ -279,7 +285,7 @@ def _charts(
         "gains_left_out": max(int(found.complete.any(axis=1).sum()) - _MOST_ROWS, 0),
     }
     rivals = [method for method in found.methods if method != reference]
-    telling = [method for method in rivals if method in (baseline, "kd", "gendd")]
+    telling = [method for method in rivals if method in (baseline, "kd", "gdpd", "gendd")][:3]
     for number, other in enumerate(telling or rivals[:1]):
         named, points = _gains(found, reference, other)
         label = f"AUC-PRC of {names[reference]} minus {names[other]}, points"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from functools import cache
 from pathlib import Path
@@ -68,4 +69,5 @@ def _environment() -> Environment:
     made.filters["svg"] = markupsafe.Markup
     made.filters["tex"] = escape_tex
     made.filters["p"] = told_p
+    made.tests["known"] = math.isfinite
     return made

@@ -308,6 +308,7 @@ def test_report_compares_methods_from_three_data_sets_on(tmp_path, capsys):
     ("arguments", "words"),
     [
         (["--runs", "--output", "cells.csv"], ["cells.csv", "--comparison"]),
+        (["--reference", "base"], ["reference=base", "--comparison"]),
         (["--comparison", "--output", "report.pdf"], ["report.pdf", ".html, .csv and .tex"]),
     ],
 )

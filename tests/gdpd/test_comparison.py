@@ -62,6 +62,7 @@ def test_scores_are_means_over_seeds_then_data_sets_then_ranked() -> None:
     assert late.first_places.tolist() == [0.5, 1.5]
     assert mean.earliness is None
     assert mean.scores.tolist() == [[68.5, 76.5], [91, 88.5]]
+    assert (early.teacher, mean.teacher) == (found.teachers.mean(), found.teachers.mean())
     [pair] = found.pairs(late, "kd")
     assert (pair.other, pair.counts) == ("base", (1, 1, 0))
     assert pair.gain.mean == pytest.approx(1.5)
@@ -133,6 +134,8 @@ def test_an_earliness_that_is_not_there_and_an_unknown_suffix_are_refused(tmp_pa
     found = compare(make_records(**SMALL))
     with pytest.raises(ValueError, match=r"earliness=0\.3 is not in"):
         found.standing(0.3)
+    with pytest.raises(ValueError, match=r"reference='gppd' is not compared \(did you mean 'gdpd'\?\)"):
+        build_comparison(make_records(**SMALL), tmp_path / "report.tex", reference="gppd")
     with pytest.raises(ValueError, match="suffix chooses the format"):
         build_comparison(make_records(**SMALL), tmp_path / "report.pdf")
 
@@ -266,6 +269,8 @@ def check_latex(text: str) -> None:
 def test_latex_tables_are_well_formed_and_escaped(partial, tmp_path) -> None:
     text = build_comparison(partial, tmp_path / "tables.tex").read_text()
     check_latex(text)
+    assert "gain of GDPD" in text
+    assert "gain of Fits" in build_comparison(partial, tmp_path / "tables.tex", reference="fits").read_text()
     assert r"B\_1" in text
     assert text.count("\\begin{tabular}") == text.count("\\bottomrule") == 5
     assert template.escape_tex(r"a_b&50%#$^~{}\x") == (
