@@ -389,7 +389,7 @@ _REGISTRY: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
 
 
 def denoiser_names() -> list[str]:
-    """Names that :func:`build_denoiser` takes."""
+    """Names that `build_denoiser` takes."""
     return list(_REGISTRY)
 
 
@@ -398,7 +398,7 @@ def build_denoiser(name: str, features: int, **options: Any) -> nn.Module:
     (`MLPDenoiser`).
 
     Args:
-        name: one of :func:`denoiser_names`.
+        name: one of `denoiser_names`.
         features: latent width A.
         **options: further arguments of the class.
 

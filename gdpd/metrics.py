@@ -87,7 +87,7 @@ def roc_auc(y: Any, proba: Any, classes: Any = None) -> float:
     """Macro one-vs-rest area under the ROC curve, 0..1 (0.5 is chance).
 
     Over the classes that ``y`` holds, the others named in a warning; NaN when ``y`` holds one class only, since no
-    series is then negative. Arguments and errors as :func:`auc_prc`.
+    series is then negative. Arguments and errors as `auc_prc`.
     """
     codes, proba = _checked(y, proba, classes)
     present = _present(codes, proba.shape[1], "roc_auc")
@@ -133,13 +133,13 @@ def calibration_error(y: Any, proba: Any, classes: Any = None, *, bins: int = 15
     series of |accuracy − mean confidence| of their bin.
 
     Args:
-        y: as :func:`auc_prc`.
+        y: as `auc_prc`.
         proba: ``(n, C)`` probabilities.
-        classes: as :func:`auc_prc`.
+        classes: as `auc_prc`.
         bins: number of intervals of (0, 1], 1 or more.
 
     Raises:
-        ValueError: as :func:`auc_prc`; rows that are not probabilities; ``bins`` below 1.
+        ValueError: as `auc_prc`; rows that are not probabilities; ``bins`` below 1.
     """
     codes, proba = _checked(y, proba, classes)
     if bins < 1:

@@ -34,7 +34,7 @@ def lstm(
 ) -> tuple[Tensor, State]:
     """Run a stacked LSTM (Hochreiter and Schmidhuber, 1997) as one differentiable operation.
 
-    The equations, the order of the gates (i, f, g, o) and the layout of the weights are those of `torch.nn.LSTM`::
+    The equations, the order of the gates (i, f, g, o) and the layout of the weights are those of `torch.nn.LSTM`:
 
         i, f, g, o = (σ, σ, tanh, σ)(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)
         c_t = f c_{t-1} + i g,    h_t = o tanh(c_t)

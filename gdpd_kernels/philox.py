@@ -81,7 +81,7 @@ def philox_normal(
     from the words 0 and 1, columns ``4 g + 2, 4 g + 3`` the same from the words 2 and 3.
 
     Args:
-        seed, rows, cols, step, sample, device: as in :func:`philox_words`.
+        seed, rows, cols, step, sample, device: as in `philox_words`.
         dtype: floating dtype of the result. float64 evaluates the same uniforms in float64; the 16-bit types
             are rounded from float32.
 
@@ -89,7 +89,7 @@ def philox_normal(
         tensor [rows, cols] of ``dtype``.
 
     Raises:
-        ValueError: as :func:`philox_words`, or ``dtype`` not floating.
+        ValueError: as `philox_words`, or ``dtype`` not floating.
     """
     if not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}; normal noise needs a floating dtype such as torch.float32")

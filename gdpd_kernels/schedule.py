@@ -40,7 +40,7 @@ class DDIMTable:
 
     Step ``k`` of ``len(table)`` runs the denoiser at ``timesteps[k]`` and updates
     ``z' = a_k z + b_k pred + s_k noise`` with ``(a_k, b_k, s_k) = coefficients[k]``; ``pred`` is the raw
-    output of the network. Build one with :func:`ddim_table`.
+    output of the network. Build one with `ddim_table`.
 
     Attributes:
         timesteps: training time steps in walked (descending) order, K of them.
@@ -133,7 +133,7 @@ def alphas_cumprod(
 ) -> Tensor:
     """alpha_bar of a schedule: float64 tensor [T], the running product of ``1 - beta``.
 
-    Arguments and errors are those of :func:`make_betas`.
+    Arguments and errors are those of `make_betas`.
     """
     return torch.cumprod(1.0 - make_betas(schedule, num_train_timesteps, beta_start, beta_end), dim=0)
 
@@ -164,7 +164,7 @@ def ddim_table(
     Args:
         num_train_timesteps: T, length of the forward process; 1000 unless ``alphas_cumprod`` says otherwise.
         num_inference_steps: n, steps walked; 5 unless ``timesteps`` says otherwise.
-        beta_schedule: ``"linear"``, ``"scaled_linear"``, ``"cosine"`` or ``"flow"``; see :func:`make_betas`.
+        beta_schedule: ``"linear"``, ``"scaled_linear"``, ``"cosine"`` or ``"flow"``; see `make_betas`.
         window: ``"full"``: all n entries of a grid of n; ``"lower"``: the lower half of a grid of 2 n (the
             start is taken to be half denoised, as in DiffKD and GDPD: n = 5 gives 400, 300, 200, 100, 0).
         eta: 0 for DDIM, 1 for DDPM-like sampling with noise at each step.
@@ -185,7 +185,7 @@ def ddim_table(
             a list that is a part of a longer grid.
 
     Returns:
-        A :class:`DDIMTable` with K = ``num_inference_steps`` (or ``len(timesteps)``) steps.
+        A `DDIMTable` with K = ``num_inference_steps`` (or ``len(timesteps)``) steps.
 
     Raises:
         ValueError: an argument out of range, arguments that contradict each other, or a step whose

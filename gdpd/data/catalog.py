@@ -14,10 +14,10 @@ from gdpd.data.plain_files import read_npz
 
 
 class DatasetInfo(NamedTuple):
-    """One row of :func:`list_datasets`.
+    """One row of `list_datasets`.
 
     Attributes:
-        name: name to give to :func:`gdpd.data.load_dataset`.
+        name: name to give to `gdpd.data.load_dataset`.
         source: the package that it lies in, such as ``"aeon"``, or the folder.
         n_train: number of training series.
         n_test: number of test series; 0 when there is one file only.

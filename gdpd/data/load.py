@@ -85,14 +85,14 @@ class TimeSeriesData:
         Args:
             split: ``"train"`` or ``"test"``.
             earliness: share of each series, in (0, 1].
-            mode: ``"raw"`` or ``"stretch"``, see :func:`gdpd.data.prefix`.
+            mode: ``"raw"`` or ``"stretch"``, see `gdpd.data.prefix`.
             part: ``"prefix"``, or ``"suffix"`` for the last steps in place of the first.
 
         Returns:
             ``(X_prefix, lengths_prefix)``: float32 ``(n, channels, steps)``, int64 ``(n,)``.
 
         Raises:
-            ValueError: as :func:`gdpd.data.prefix`.
+            ValueError: as `gdpd.data.prefix`.
         """
         if split not in ("train", "test"):
             raise ValueError(f"split={split!r} is not 'train' or 'test'")
@@ -123,11 +123,11 @@ def load_dataset(
             warning says so.
         normalisation: ``"none"``; ``"train"``: every channel standardised with the mean and deviation of the
             training split; ``"prefix"``: each prefix z-normalised by its own statistics, which can only be
-            done once the prefix is cut: the arrays stay as they are, and :meth:`TimeSeriesData.prefixes` (or
+            done once the prefix is cut: the arrays stay as they are, and `TimeSeriesData.prefixes` (or
             ``prefix(..., normalise=True)``) does it.
         resample_to: series longer than this many steps are brought down to it by linear interpolation
             (METHOD 1.5 of the GDPD recipe: 100); None leaves them.
-        missing: ``"error"``, ``"interpolate"`` or ``"forward"``, see :func:`gdpd.data.fill_missing`.
+        missing: ``"error"``, ``"interpolate"`` or ``"forward"``, see `gdpd.data.fill_missing`.
         data_dir: folder of the user's data sets.
         test_fraction: share of series for test when there is one file only, in (0, 1).
         split_seed: seed of that split.

@@ -84,7 +84,7 @@ def fill_missing(
     A channel of a series with no value at all gets the channel mean of train either way.
 
     Args:
-        X: ``(n, channels, time)`` from :func:`pad_series`.
+        X: ``(n, channels, time)`` from `pad_series`.
         lengths: int64 ``(n,)``.
         missing: one of the three above.
         channel_means: ``(channels,)`` means of the training split; of ``X`` itself when None.

@@ -113,7 +113,7 @@ def suffix(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cut each series to its last ``int(earliness * length)`` steps, which stand first in the result.
 
-    :func:`prefix` of the series read backwards, read forwards again: arguments, result and errors are its own.
+    `prefix` of the series read backwards, read forwards again: arguments, result and errors are its own.
     """
     X = np.asarray(X)
     full = np.full(len(X), X.shape[-1]) if lengths is None else np.asarray(lengths, dtype=np.int64)
@@ -153,7 +153,7 @@ def check_earliness(earliness: float) -> float:
 def z_normalise(X: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Each series and channel to mean 0 and standard deviation 1 over its own ``lengths[i]`` steps.
 
-    A constant channel becomes zero. Args and result as :func:`standardise`.
+    A constant channel becomes zero. Args and result as `standardise`.
     """
     valid = valid_steps(lengths, X.shape[2])[:, None, :]
     mean, std = _moments(X, valid, axes=(2,))

@@ -38,7 +38,7 @@ _REGISTRY: dict[str, tuple[Callable[..., Classifier], dict[str, Any]]] = {
 
 
 def model_names() -> list[str]:
-    """Names that :func:`build_model` takes."""
+    """Names that `build_model` takes."""
     return list(_REGISTRY)
 
 
@@ -48,13 +48,13 @@ def build_model(name: str, *, in_channels: int, num_classes: int, **options: Any
     ``"lstm3-100"`` and ``"lstm2-32"`` (METHOD 1.5), ``"lstm"`` of any size, ``"inception"``, ``"fcn"``, ``"resnet"``.
 
     Args:
-        name: one of :func:`model_names`.
+        name: one of `model_names`.
         in_channels: channels of the series, 1 or more.
         num_classes: number of classes, 2 or more.
         **options: further arguments of the class, such as ``forget_bias=1.0`` or ``pooling="mean"``.
 
     Returns:
-        A :class:`Classifier`: ``model(x [batch, channels, time], lengths) -> (feature, logits)``.
+        A `Classifier`: ``model(x [batch, channels, time], lengths) -> (feature, logits)``.
 
     Raises:
         ValueError: unknown name or option (the nearest is suggested), or an option out of range.

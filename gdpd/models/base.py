@@ -64,7 +64,7 @@ class Classifier(nn.Module):
             x: ``[batch, in_channels, time]`` float, zero-padded at the end where series are shorter.
             lengths: int ``[batch]``, valid steps of each series in 1..time; None when all have ``time``. The
                 steps past a series' end do not change its outputs.
-            sequence: return the hidden sequence as well, see :meth:`features_and_sequence`.
+            sequence: return the hidden sequence as well, see `features_and_sequence`.
 
         Returns:
             ``(feature [batch, feature_dim], logits [batch, num_classes])``, with ``sequence`` followed by

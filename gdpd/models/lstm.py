@@ -15,11 +15,11 @@ _State = tuple[Tensor, Tensor]
 
 
 class LSTM(nn.LSTM):
-    """:class:`torch.nn.LSTM` on the native kernels: same parameters, arguments and returns, state dicts load both ways.
+    """`torch.nn.LSTM` on the native kernels: same parameters, arguments and returns, state dicts load both ways.
 
-    Forward and backward are one call each of :func:`gdpd_kernels.lstm`, on CPU tensors of float32 or float64 (under
+    Forward and backward are one call each of `gdpd_kernels.lstm`, on CPU tensors of float32 or float64 (under
     autocast with bfloat16 products). What those kernels do not do runs on torch's own, unchanged: other devices and
-    dtypes, ``bidirectional``, ``proj_size``, a :class:`~torch.nn.utils.rnn.PackedSequence`, and tracing, export and
+    dtypes, ``bidirectional``, ``proj_size``, a `torch.nn.utils.rnn.PackedSequence`, and tracing, export and
     functorch transforms. ``torch.compile`` breaks the graph at every ``nn.LSTM``, and this is one; with
     ``torch._dynamo.config.allow_rnn = True`` it is part of the graph.
 
@@ -52,7 +52,7 @@ class LSTM(nn.LSTM):
     def last(self, input: Tensor, hx: _State | None = None, lengths: Tensor | None = None) -> Tensor:
         """The top layer's output at each row's last step, [batch, hidden]; no other step's is stored.
 
-        Args and errors are those of :meth:`forward`, of an input of three dimensions.
+        Args and errors are those of `forward`, of an input of three dimensions.
         """
         return self._run(input, hx, lengths, "last")[0]
 

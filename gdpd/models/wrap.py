@@ -15,7 +15,7 @@ SEQUENCE_LAYOUTS = ("channels_first", "channels_last")
 
 
 class WrappedClassifier(Classifier):
-    """A user's network behind the :class:`Classifier` interface; made by :func:`wrap_model`.
+    """A user's network behind the `Classifier` interface; made by `wrap_model`.
 
     The feature is caught by a forward hook on the feature layer and the logits by one on the head. Hooks live for
     the length of one forward, so that copies and pickles of the model carry none.
@@ -62,7 +62,7 @@ class WrappedClassifier(Classifier):
         return self._run(x, lengths)[0]
 
     def forward(self, x: Tensor, lengths: Tensor | None = None, *, sequence: bool = False) -> tuple[Tensor, ...]:
-        """As :meth:`Classifier.forward`; the user's module runs once, its own return value is not used.
+        """As `Classifier.forward`; the user's module runs once, its own return value is not used.
 
         Raises:
             ValueError: wrong shapes; the feature layer or the head did not run exactly once; the head's input is
@@ -202,7 +202,7 @@ def wrap_model(
         sequence_dim: that width; the feature's when None.
 
     Returns:
-        A :class:`Classifier` with ``feature_dim`` and ``num_classes`` read off the head.
+        A `Classifier` with ``feature_dim`` and ``num_classes`` read off the head.
 
     Raises:
         ValueError: no layer of that name (close names are suggested), no Linear after it, a head that is no
