@@ -258,7 +258,7 @@ class GenDD(Distiller):
 
     @torch.no_grad()
     def sample(
-        self, x_prefix: Tensor, lengths: Tensor | None = None, *, seed: int | None = None
+        self, x_prefix: Tensor, lengths: Tensor | None = None, *, seed: int | None = None, variance: str | None = None
     ) -> tuple[Tensor, Tensor]:
         """Teacher features drawn for some prefixes, and what the teacher's classifier says to them.
 
@@ -270,10 +270,18 @@ class GenDD(Distiller):
             x_prefix: [batch, channels, time].
             lengths: int64 [batch], or None.
             seed: of the noise; torch's generator if None.
+            variance: "posterior" samples with the fixed variance, and so by the operator, whatever was learned; None:
+                as the head was trained.
 
         Returns:
             (z_hat [batch, D], logits [batch, classes]).
+
+        Raises:
+            ValueError: "learned" of a head that has learned none, or an unknown name.
         """
+        variance = self.variance if variance is None else variance
+        if variance not in ("posterior", self.variance):
+            raise ValueError(f"variance={variance!r}: this head samples with {self.variance!r}, or with 'posterior'.")
         training = self.student.training
         self.student.eval()
         c = self.norm(self.student(x_prefix, lengths)[0])
@@ -281,7 +289,7 @@ class GenDD(Distiller):
         cond = self.denoiser.head.condition_tokens(c)
         key = torch.randint(-(2**63), 2**63 - 1, ()) if seed is None else seed
         start = c.new_zeros(len(cond), self.tokens.width)
-        if self.learned_range is None:
+        if variance == "posterior":
             drawn = gk.reverse_sample(
                 self.denoiser, start, table=self.table, alpha=0.0, cond=cond, seed=key, num_samples=self.num_samples,
                 backend=self.backend,

@@ -258,6 +258,15 @@ def test_sampling_changes_nothing_and_follows_torch_s_seed() -> None:
     assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
 
 
+def test_a_head_with_a_learned_variance_samples_by_the_operator_too() -> None:
+    learned, fixed, x = gendd(), gendd(variance="posterior"), batch().x_prefix
+    found, _ = learned.sample(x, seed=2, variance="posterior")
+    torch.testing.assert_close(found, fixed.sample(x, seed=2)[0])
+    assert not torch.allclose(found, learned.sample(x, seed=2)[0])
+    with pytest.raises(ValueError, match="variance='learned': this head samples with 'posterior'"):
+        fixed.sample(x, variance="learned")
+
+
 def test_the_guided_head_runs_natively() -> None:
     made = gendd(variance="posterior").float()
     x = batch().x_prefix.float()
