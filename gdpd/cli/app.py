@@ -249,8 +249,8 @@ def report(
         compared, runs = False, find_runs(folders)
     else:
         of_grid, runs = find_records(folders)
-        several = len({run.method for run in runs}) > 1
-        compared = comparison or (several and (of_grid or len({run.dataset for run in runs}) > 2))
+        several = len({run.method for run in runs}) > 1 and len({run.dataset for run in runs}) > 2
+        compared = comparison or of_grid or several
     if compared:
         _console().print(table(compare(runs)))
         for path in outputs:

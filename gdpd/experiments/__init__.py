@@ -2,9 +2,10 @@
 
 The demo (`demo`) is one such grid. Every finished job has a row in the table of the grid's folder (`results`), so a
 grid that was stopped goes on where it stopped. Run folders, where they are kept, are read by `records`; `summary` makes
-tables of both.
+tables of both, and `comparison` sets methods against each other over data sets, with the tests of `statistics`.
 """
 
+from gdpd.experiments.comparison import Comparison, compare
 from gdpd.experiments.grid import Grid, Job, Variant, run_name
 from gdpd.experiments.grid_file import read_grid
 from gdpd.experiments.records import RunRecord, find_runs, read_run
@@ -13,6 +14,7 @@ from gdpd.experiments.runner import Listener, Outcome, run_grid
 from gdpd.experiments.summary import Row, paired_differences, summarise
 
 __all__ = [
+    "Comparison",
     "Grid",
     "Job",
     "Listener",
@@ -23,6 +25,7 @@ __all__ = [
     "RunRecord",
     "Variant",
     "choose",
+    "compare",
     "find_runs",
     "paired_differences",
     "read_grid",

@@ -264,14 +264,17 @@ def find_records(paths: Iterable[Path]) -> tuple[bool, list[RunRecord]]:
             or below it.
 
     Raises:
-        FileNotFoundError, ValueError: as `find_runs` and `result_records`.
+        FileNotFoundError, ValueError: as `find_runs` and `result_records`; a table without a row.
     """
     of_grid, runs, folders = False, [], []
     for path in paths:
         folder = path.parent if path.name in (DATABASE, TABLE) and path.is_file() else path
         if (folder / DATABASE).is_file() or (folder / TABLE).is_file():
             of_grid = True
-            runs += result_records(folder)
+            rows = result_records(folder)
+            if not rows:
+                raise ValueError(f"the table in {folder} has no row yet. `gdpd grid` adds one as each job ends.")
+            runs += rows
         else:
             folders.append(folder)
     return of_grid, runs + (find_runs(folders) if folders else [])

@@ -350,6 +350,14 @@ def test_a_chart_of_gains_shows_the_best_and_the_worst_of_many() -> None:
     assert points[:, 0] == pytest.approx(np.concatenate([ordered[:20], ordered[-20:]]))
 
 
+def test_an_empty_table_is_named(tmp_path) -> None:
+    with ResultsTable(tmp_path / "grid") as made:
+        made.export()
+    write_json(tmp_path / "grid" / RECIPE, {"options": {}, "search_score": "auc_prc"})
+    with pytest.raises(ValueError, match="grid has no row yet"):
+        find_records([tmp_path / "grid"])
+
+
 def test_names_at_line_ends_keep_apart_and_near() -> None:
     wanted = np.array([0.0, 1.0, 2.0, 50.0, 55.0])
     placed = comparison_charts.spread(wanted, 10.0)
