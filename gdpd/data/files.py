@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from gdpd.data.packages import missing_packages, package_folders
-from gdpd.data.plain_files import is_npz_set, read_npz, read_txt
+from gdpd.data.plain_files import is_npz_set, read_npz, read_plain_ts, read_txt
 
 EXTENSIONS = (".ts", ".tsv", ".arff", ".txt", ".npz")  # in the order of preference when a folder holds several
 _WHOLE = (".ts", ".tsv", ".arff")  # what may hold all series in one file; a .txt without TRAIN is often a description
@@ -229,7 +229,7 @@ def ts_unusable(header: dict[str, str]) -> str | None:
 
 
 def read_file(path: Path, split: str = "train") -> tuple[list[np.ndarray], np.ndarray]:
-    """Read one file with the reader for its extension: aeon's, or numpy for .txt and .npz.
+    """Read one file with the reader for its extension: aeon's, or numpy for .txt, .npz and plain .ts files.
 
     Args:
         path: the file.
@@ -246,14 +246,21 @@ def read_file(path: Path, split: str = "train") -> tuple[list[np.ndarray], np.nd
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    if path.suffix == ".ts" and (reason := ts_unusable(ts_header(path))) is not None:
-        raise ValueError(f"{path} cannot be used: {reason}")
-    readers = import_readers() if path.suffix in _WHOLE else None
+    plain = None
+    if path.suffix == ".ts":
+        header = ts_header(path)
+        if (reason := ts_unusable(header)) is not None:
+            raise ValueError(f"{path} cannot be used: {reason}")
+        plain = read_plain_ts(path, header)
+    readers = import_readers() if path.suffix in _WHOLE and plain is None else None
+    values: Any
     try:
         if path.suffix == ".txt":
             values, labels = read_txt(path)
         elif path.suffix == ".npz":
             values, labels = read_npz(path, split)
+        elif plain is not None:
+            values, labels = plain
         else:
             values, labels = getattr(readers, f"load_from_{path.suffix[1:]}_file")(os.fspath(path))
         series = [np.atleast_2d(np.asarray(item, dtype=np.float64)) for item in values]

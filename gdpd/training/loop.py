@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning_fabric import Fabric
 from torch import Tensor
 
 from gdpd import metrics
 from gdpd.config import RunConfig
 from gdpd.distillers import Distiller
 from gdpd.training.checkpoint import Checkpoint, CheckpointStore
+from gdpd.training.devices import Devices
 from gdpd.training.graph import GraphedStep
 from gdpd.training.history import History, Progress
 from gdpd.training.selection import Selection
@@ -46,7 +46,7 @@ def fit(
     epochs: int,
     selection: Selection,
     config: RunConfig,
-    fabric: Fabric,
+    fabric: Devices,
     history: History,
     store: CheckpointStore | None = None,
     progress: Progress | None = None,
@@ -123,7 +123,7 @@ def fit(
 
 
 def _train_epoch(
-    step: TrainingStep | GraphedStep, train: TrainingSet, epoch: int, stage: str, config: RunConfig, fabric: Fabric
+    step: TrainingStep | GraphedStep, train: TrainingSet, epoch: int, stage: str, config: RunConfig, fabric: Devices
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """One pass over the training set; the means of the loss and its parts, and summaries of what is a distribution."""
     seed_device(fabric.device, derived_seed(config.seed, stage, epoch, fabric.global_rank))

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor
 
 from gdpd.config import RunConfig
 from gdpd.distillers import Distiller
+from gdpd.training.devices import Devices
 from gdpd.training.loop import derived_seed, seed_device
 from gdpd.training.run_folder import load_data, prepare_on, training_context
 from gdpd.training.stages import Session, build_student, build_teacher
@@ -32,7 +32,7 @@ _FORWARD = ("data", "student", "fusion", "sampler", "prior", "losses")
 class TimedStep(TrainingStep):
     """A training step whose backward pass runs under a stopwatch."""
 
-    def __init__(self, distiller: Distiller, config: RunConfig, fabric: Fabric, stopwatch: Stopwatch) -> None:
+    def __init__(self, distiller: Distiller, config: RunConfig, fabric: Devices, stopwatch: Stopwatch) -> None:
         super().__init__(distiller, config, fabric)
         self.stopwatch = stopwatch
         self.timed = False
@@ -96,7 +96,7 @@ def _phase(
     distiller: Distiller,
     train: TrainingSet,
     config: RunConfig,
-    fabric: Fabric,
+    fabric: Devices,
     epoch: int,
     steps: int,
     trace: Path | None,

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 
 from gdpd.config import RunConfig
 from gdpd.data import TimeSeriesData, load_dataset
@@ -29,6 +28,7 @@ from gdpd.training.atomic import (
 )
 from gdpd.training.checkpoint import CheckpointStore, check_same_config
 from gdpd.training.denormals import flush_denormals
+from gdpd.training.devices import Devices, launch
 from gdpd.training.graph import check_graphs_possible
 from gdpd.training.history import History, Progress
 from gdpd.training.loop import derived_seed, scores_of
@@ -169,29 +169,21 @@ def evaluate(folder: str | Path, *, data_dir: str | Path | None = None) -> dict[
 
 
 @contextmanager
-def training_context(config: RunConfig) -> Iterator[Fabric]:
-    """A launched Fabric; within the block subnormals are flushed, and torch's generators are put back at the end."""
-    # The optional parts of a method have no gradient in one of the two stages.
-    strategy = "ddp_find_unused_parameters_true" if config.devices > 1 else "auto"
+def training_context(config: RunConfig) -> Iterator[Devices]:
+    """Launched devices; within the block subnormals are flushed, and torch's generators are put back at the end."""
     with flush_denormals(config.flush_denormal), torch.random.fork_rng(), nvtx_ranges():
-        fabric = Fabric(
-            accelerator=config.accelerator,
-            devices=config.devices,
-            strategy=strategy,
-            precision=config.precision,  # type: ignore[arg-type]
-        )
-        fabric.launch()
+        fabric = launch(config)
         check_graphs_possible(config.graph_step, fabric.device, config.devices)
         yield fabric
 
 
-def prepare_on(fabric: Fabric, data: TimeSeriesData, config: RunConfig) -> Prepared:
+def prepare_on(fabric: Devices, data: TimeSeriesData, config: RunConfig) -> Prepared:
     """`prepare`, on the training device and in the type of the precision."""
     dtype = torch.float64 if config.precision == "64-true" else torch.float32
     return prepare(data, config).to(fabric.device, dtype)
 
 
-def versions(fabric: Fabric) -> dict[str, Any]:
+def versions(fabric: Devices) -> dict[str, Any]:
     """What a result depends on beside the configuration: versions, processor, device, threads."""
     found: dict[str, Any] = {}
     for package in _PACKAGES:

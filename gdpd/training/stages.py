@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from gdpd.config import RunConfig
 from gdpd.distillers import Base, Distiller, build_distiller
 from gdpd.models import Classifier, build_model
 from gdpd.training.checkpoint import CheckpointStore
+from gdpd.training.devices import Devices
 from gdpd.training.history import History, Progress
 from gdpd.training.loop import derived_seed, fit, scores_of
 from gdpd.training.selection import Selection
@@ -53,7 +53,7 @@ class Session:
 
     config: RunConfig
     prepared: Prepared
-    fabric: Fabric
+    fabric: Devices
     history: History = field(default_factory=History)
     store: CheckpointStore | None = None
     progress: Progress | None = None

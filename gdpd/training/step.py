@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from gdpd.config import RunConfig
 from gdpd.distillers import Batch, Distiller
 from gdpd.training.adam import FlatAdam
+from gdpd.training.devices import Devices
 from gdpd_kernels.ranges import span
 
 
@@ -21,13 +21,13 @@ class TrainingStep:
     """The step of a distiller and its optimizer.
 
     Args:
-        distiller: trained in place; put on Fabric's device and into its precision.
+        distiller: trained in place; put on its device and into its precision.
         config: learning rate, weight decay, clipping.
         fabric: launched.
         graphed: keep all that a step reads on the device, so that it can be recorded (`gdpd.training.graph`).
     """
 
-    def __init__(self, distiller: Distiller, config: RunConfig, fabric: Fabric, *, graphed: bool = False) -> None:
+    def __init__(self, distiller: Distiller, config: RunConfig, fabric: Devices, *, graphed: bool = False) -> None:
         self.fabric = fabric
         self.distiller = distiller
         self.max_norm = config.gradient_clip

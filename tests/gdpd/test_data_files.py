@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from gdpd.data import list_datasets, load_dataset
-from gdpd.data.files import find_files, read_file
+from gdpd.data.files import find_files, read_file, ts_header
 from gdpd.data.packages import PACKAGES, package_home
+from gdpd.data.plain_files import read_plain_ts
 
 pytestmark = pytest.mark.filterwarnings("ignore::gdpd.data.FutureLeakWarning")
 
@@ -238,6 +239,37 @@ def test_multivariate_arff_is_listed_as_it_loads(tmp_path: Path) -> None:
     assert row[2:] == (40, 40, 6, 100, 4)
     assert data.X_train.shape == (40, 6, 100)
     assert data.classes.tolist() == ["Badminton", "Running", "Standing", "Walking"]
+
+
+def test_plain_ts_files_are_read_as_aeon_reads_them(tmp_path: Path) -> None:
+    from aeon.datasets import load_from_ts_file
+
+    plain = []
+    for path in sorted((package_home("aeon") / "datasets" / "data").glob("*/*_TRAIN.ts")):
+        found = read_plain_ts(path, ts_header(path))
+        if found is None:
+            continue
+        plain.append(path.stem)
+        for mine, theirs in zip(found, load_from_ts_file(str(path)), strict=True):
+            assert mine.dtype == theirs.dtype
+            assert np.array_equal(mine, theirs)
+    assert {"GunPoint_TRAIN", "ItalyPowerDemand_TRAIN", "BasicMotions_TRAIN"} <= set(plain)
+    assert "JapaneseVowels_TRAIN" not in plain  # series of several lengths
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("@missing false", "@missing true"), ("1.0", "?"), ("1.0", "nan"), ("1.0", "one"), ("1.0,", ""), ("1.0", "1.0:2")],
+)
+def test_what_is_not_plain_is_left_to_aeon(tmp_path: Path, before: str, after: str) -> None:
+    lines = ["@timeStamps false", "@missing false", "@univariate true", "@equalLength true", "@classLabel true a b"]
+    path = tmp_path / "x.ts"
+    path.write_text("\n".join([*lines, "@data", "1.0,2.0,3.0:A", "4.0,5.0,6.0:b"]) + "\n")
+    values, labels = read_plain_ts(path, ts_header(path)) or ((), ())
+    assert np.array_equal(values, [[[1, 2, 3]], [[4, 5, 6]]])
+    assert list(labels) == ["a", "b"]
+    path.write_text(path.read_text().replace(before, after, 1))
+    assert read_plain_ts(path, ts_header(path)) is None
 
 
 def test_a_folder_with_one_unsplit_file_is_that_set(tmp_path: Path) -> None:

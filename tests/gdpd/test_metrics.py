@@ -29,7 +29,7 @@ def test_scores_agree_with_scikit_learn(seed: int, n: int, classes: int, decimal
     assert auc_prc(y, proba) == pytest.approx(
         100 * sklearn.metrics.average_precision_score(onehot, proba, average="macro")
     )
-    assert roc_auc(y, proba) == pytest.approx(sklearn.metrics.roc_auc_score(onehot, proba, average="macro"))
+    assert roc_auc(y, proba) == sklearn.metrics.roc_auc_score(onehot, proba, average="macro")
     assert accuracy(y, proba) == pytest.approx(sklearn.metrics.accuracy_score(y, proba.argmax(1)))
     trapezoid = []
     for c in range(classes):
@@ -142,8 +142,7 @@ def test_all_scores_at_once_warn_once_and_add_fidelity_with_a_teacher() -> None:
 def test_without_scikit_learn_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
     with pytest.raises(ImportError, match=r'pip install "gdpd-kernels\[data\]"'):
-        roc_auc([0, 1], np.eye(2))
-    with pytest.raises(ImportError, match=r'pip install "gdpd-kernels\[data\]"'):
         auc_prc([0, 1], np.eye(2), method="trapezoid")
     assert accuracy([0, 1], np.eye(2)) == 1.0
     assert auc_prc([0, 1], np.eye(2)) == 100.0
+    assert roc_auc([0, 1], np.eye(2)) == 1.0

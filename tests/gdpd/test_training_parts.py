@@ -12,9 +12,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning_fabric import Fabric
 from torch import nn
 
+import toy
 from gdpd.config import RunConfig
+from gdpd.training import run
+from gdpd.training.devices import OneCpu, launch
 from gdpd.training.loop import derived_seed, learning_rate, scores_of, summary
 from gdpd.training.selection import Selection
 from gdpd.training.stages import p_chance
@@ -156,3 +160,32 @@ def test_denormals_warn_where_the_workers_cannot_be_reached(monkeypatch: pytest.
     monkeypatch.setattr(denormals, "threads_flushing", lambda: [True, False])
     with pytest.warns(RuntimeWarning, match="not flushed to zero in every compute thread"), denormals.flush_denormals():
         pass
+
+
+def test_one_cpu_trains_as_fabric_does(tmp_path: Path) -> None:
+    hashes = []
+    for accelerator, launched in (("cpu", OneCpu), ("auto", Fabric)):
+        config = toy.config(toy.folder(tmp_path / accelerator / "Toy"), method="gdpd", accelerator=accelerator)
+        assert isinstance(launch(config), launched)
+        hashes.append(run(config, tmp_path / accelerator / "run")["student_sha256"])
+    assert hashes[0] == hashes[1]
+
+
+@pytest.mark.parametrize("changes", [{"accelerator": "auto"}, {"precision": "64-true"}, {"precision": "bf16-mixed"}])
+def test_anything_but_one_cpu_in_float32_is_fabrics(changes: dict[str, str]) -> None:
+    assert isinstance(launch(RunConfig(**changes)), Fabric)
+
+
+def test_a_run_on_one_cpu_waits_for_no_import_it_does_not_need(tmp_path: Path) -> None:
+    """Seconds for every worker of a grid."""
+    code = f"""
+import sys
+from gdpd.config import RunConfig
+from gdpd.training import run
+run(RunConfig(dataset="GunPoint", method="kd", epochs=2, teacher_epochs=1, student_model="lstm2-32",
+              teacher_model="lstm2-32", weak_teacher="warn"), {str(tmp_path / "run")!r})
+print([name for name in ("lightning_fabric", "sklearn", "aeon", "scipy") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
