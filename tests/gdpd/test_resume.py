@@ -126,6 +126,10 @@ class StopAt:
         {"method": "gdpd", "selection": "last", "student_options": {"layers": 2, "hidden": 6, "dropout": 0.3}},
         {"method": "gdpd", "denoiser": "mlp", "denoiser_options": {"hidden": [16]}, "alpha": "per_dimension"},
         {"method": "kd", "student_model": "fcn", "student_options": {}},
+        {"method": "fits"},
+        {"method": "lelp"},
+        {"method": "taid"},
+        {"method": "tekap", "class_weight": "balanced"},
     ],
     ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items() if not isinstance(v, dict)),
 )
