@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from bench import demo, figures, release_step, step, tables
+from bench import demo, figures, methods, release_step, step, tables
+from gdpd.distillers import distiller_names
+from gdpd.methods import method_title
 from gdpd_kernels.benchmark import clock, rivals
 from gdpd_kernels.benchmark.cases import Case
 from gdpd_kernels.benchmark.measure import Measured, measure
@@ -53,6 +55,15 @@ def test_steps_that_are_not_the_same_are_not_timed(monkeypatch):
     monkeypatch.setattr(release_step, "release_sample", lambda module, z, *_: z)
     with pytest.raises(RuntimeError, match="not the same step"):
         step.measure(step.StepCase("lstm2-32", 8, 12), 0.0)
+
+
+def test_every_method_s_step_is_timed_against_base():
+    made = methods.contenders("lstm2-32", 8, 12, 6)
+    assert {method_title(name) for name in distiller_names()} <= set(made)
+    assert {"Fits, warm-up", "DT2W, warm-up", "GDPD, warm-up"} <= set(made)
+    table = methods.rows(clock.interleave({name: made[name] for name in ("Base", "DT2W")}, 0.0))
+    assert table[1][2] == "1.00"
+    assert float(table[2][2]) > 0
 
 
 def test_every_step_is_timed_and_its_target_told():
