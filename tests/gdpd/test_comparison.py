@@ -18,7 +18,7 @@ from gdpd.experiments import ResultsTable
 from gdpd.experiments.comparison import compare, find_records, table
 from gdpd.experiments.published import PUBLISHED
 from gdpd.experiments.results import RECIPE, Result
-from gdpd.report import build_comparison, comparison, comparison_charts, svg, template
+from gdpd.report import build_comparison, comparison_charts, comparison_figures, comparison_tables, svg, template
 from gdpd.training.atomic import write_json
 from made_comparison import make_records, write_records
 from page import Page
@@ -76,7 +76,7 @@ def test_only_seeds_and_cells_that_all_methods_have_count() -> None:
     records = make_records(**SMALL)
     whole = compare(records)
     assert whole.complete.all()
-    assert comparison.coverage(whole)["lacking"] == []
+    assert comparison_tables.coverage(whole)["lacking"] == []
     kept = [
         record
         for record in records
@@ -84,7 +84,7 @@ def test_only_seeds_and_cells_that_all_methods_have_count() -> None:
         and not (record.dataset == "A" and record.earliness == 0.2 and record.method == "kd" and record.seed == 2)
     ]
     found = compare(kept)
-    told = comparison.coverage(found)
+    told = comparison_tables.coverage(found)
     assert (told["runs"], told["of_runs"], told["cells"], told["of_cells"]) == (57, 60, 5, 6)
     assert told["lacking"] == [("C", 0.5, "no run of fits")]
     assert told["unpaired"] == 4 + 8  # the four others of A, seed 2, and those of C at 0.5
@@ -195,9 +195,9 @@ def test_the_papers_numbers_stand_beside_its_own_networks_only(tmp_path) -> None
     for record in records:
         record.config["student_model"] = "lstm2-32"
     found = compare(records)
-    assert comparison.published_rows(found, records, found.standings()) is None
+    assert comparison_tables.published_rows(found, records, found.standings()) is None
     found = compare(make_records(**SMALL))
-    told = comparison.published_rows(found, make_records(**SMALL), found.standings())
+    told = comparison_tables.published_rows(found, make_records(**SMALL), found.standings())
     assert [standing.earliness for standing in told["standings"]] == [0.2]  # the paper has no 0.5, nor their mean
     ranked = [row["cells"][0][0] for row in told["rows"]]
     assert [row["method"] for row in told["rows"]] == ["base", "kd", "fits", "gdpd"]
@@ -206,7 +206,7 @@ def test_the_papers_numbers_stand_beside_its_own_networks_only(tmp_path) -> None
     assert sum(ours.first_places for ours in ranked) == pytest.approx(3)
     three = [record for record in make_records(**SMALL) if record.method != "fits"]
     found = compare(three)
-    for row in comparison.published_rows(found, three, found.standings())["rows"]:
+    for row in comparison_tables.published_rows(found, three, found.standings())["rows"]:
         assert row["cells"][0][0].rank is None
 
 
@@ -343,8 +343,8 @@ def test_the_standings_fit_a_terminal_of_eighty_columns() -> None:
 
 def test_a_chart_of_gains_shows_the_best_and_the_worst_of_many() -> None:
     found = compare(make_records(tuple(f"D{number:02}" for number in range(50)), (0.2,), ("base", "gdpd"), (1,)))
-    named, points = comparison._gains(found, "gdpd", "base")
-    assert len(named) == len(points) == comparison._MOST_ROWS
+    named, points = comparison_figures.gains(found, found.standings(), "gdpd", "base")
+    assert len(named) == len(points) == comparison_figures._MOST_ROWS
     [standing] = found.standings()
     ordered = np.sort(standing.scores[:, 1] - standing.scores[:, 0])[::-1]
     assert points[:, 0] == pytest.approx(np.concatenate([ordered[:20], ordered[-20:]]))
