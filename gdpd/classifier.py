@@ -45,7 +45,8 @@ class PrefixClassifier(ClassifierMixin, BaseEstimator):
     ``int(earliness * n_timepoints)`` time points. `predict` runs the plain student.
 
     Args:
-        method: "base" (no teacher), "kd" or "gdpd".
+        method: name of a training method, one of `gdpd.distillers.distiller_names()`, such as "base" (no teacher), "kd"
+            or "gdpd"; or a class of your own as "package.module:Class".
         earliness: share of the series that predictions may use, in (0, 1].
         prefix_mode: read the prefix "raw", or "stretch" it back to full length by linear interpolation.
         normalisation: "none", "prefix" (each prefix by its own mean and deviation) or "train" (by those of the
@@ -55,7 +56,8 @@ class PrefixClassifier(ClassifierMixin, BaseEstimator):
         teacher_model, student_model: names of networks, see `gdpd.models.build_model`.
         teacher_options, student_options: their keyword options, or None.
         epochs: epochs of the student, the warm-up included.
-        warmup_epochs: epochs in which GDPD learns its prior; None: half of `epochs`.
+        warmup_epochs: epochs of the first stage of methods that have one (GDPD learns its prior); None: half of
+            `epochs`.
         teacher_epochs: epochs of the teacher.
         batch_size: series per step.
         learning_rate: of Adam.

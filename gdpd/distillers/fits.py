@@ -53,6 +53,8 @@ class Fits(Distiller):
         for name, value, known in (("hint", hint, HINTS), ("schedule", schedule, SCHEDULES)):
             if value not in known:
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, known))}.")
+        if schedule == "stages" and warmup_epochs == 0:
+            raise ValueError("warmup_epochs=0 leaves no epoch for the hint. Give some, or use schedule='joint'.")
         super().__init__(student, loss_ratio=loss_ratio, warmup_epochs=warmup_epochs if schedule == "stages" else 0)
         self.uses_sequences = hint == "sequence"
         self.align = check_alignment(align)

@@ -113,6 +113,7 @@ def test_stretching_meets_first_and_last_step_and_a_prefix_of_one_step_the_first
         ({"align": "dtw"}, "align='dtw' is not one of"),
         ({"schedule": "always"}, "schedule='always' is not one of"),
         ({"warmup_epochs": -1}, "warmup_epochs=-1 is below 0"),
+        ({"warmup_epochs": 0}, "warmup_epochs=0 leaves no epoch for the hint.*schedule='joint'"),
         ({"hnit": "feature"}, r"no option 'hnit' \(did you mean 'hint'\?\)"),
     ],
 )
