@@ -70,7 +70,9 @@ def plan(grid: Grid, folder: Path) -> list[Job]:
         As `run_grid`.
     """
     with ResultsTable(folder) as table:
-        return _plan(grid, folder, table)[1]
+        missing = _plan(grid, folder, table)[1]
+        preflight(missing)
+        return missing
 
 
 def run_grid(
@@ -105,8 +107,11 @@ def run_grid(
     listener = listener or Listener()
     if isinstance(workers, int):
         check_counts(workers, threads)
-    with _alone(folder), ResultsTable(folder) as table:
+    with _alone(folder), ResultsTable(folder) as table, contextlib.ExitStack() as stack:
         jobs, missing, recipe = _plan(grid, folder, table)
+        # Before everything is tried, so that workers import what they need meanwhile.
+        place = stack.enter_context(_place(workers, threads)) if missing else None
+        preflight(missing)
         write_json(folder / RECIPE, recipe)
         listener.planned(len(jobs))
         waiting = {job.key for job in missing}
@@ -114,11 +119,10 @@ def run_grid(
         for outcome in outcomes.values():
             listener.ended(outcome)
         try:
-            if missing:
-                with _place(workers, threads) as place:
-                    for outcome in _Schedule(grid, folder, table, place, keep_runs, listener).carry_out(missing):
-                        outcomes[outcome.job.key] = outcome
-                        listener.ended(outcome)
+            if place is not None:
+                for outcome in _Schedule(grid, folder, table, place, keep_runs, listener).carry_out(missing):
+                    outcomes[outcome.job.key] = outcome
+                    listener.ended(outcome)
         finally:
             table.export()
     return [outcomes[job.key] for job in jobs]
@@ -130,7 +134,6 @@ def _plan(grid: Grid, folder: Path, table: ResultsTable) -> tuple[list[Job], lis
     recipe = check_folder(grid, folder, jobs, results)
     known = {result.key for result in results}
     missing = [job for job in jobs if job.key not in known]
-    preflight(missing)
     return jobs, missing, recipe
 
 

@@ -125,10 +125,8 @@ class LocalProcesses:
         # Spawned, not forked: torch's thread pool does not survive a fork.
         with pinned_environment(self._threads):
             pool = ProcessPoolExecutor(self.capacity, get_context("spawn"), _begin, (self._threads,))
-            for future in [
-                pool.submit(os.getpid) for _ in range(self.capacity)
-            ]:  # processes start with the first tasks
-                future.result()
+            for _ in range(self.capacity):  # a process starts with a task while none is idle, and not one is by now
+                pool.submit(os.getpid)
         return pool
 
 
@@ -156,4 +154,6 @@ def _begin(threads: int) -> None:
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the interrupt key is for the process that the terminal knows
+    import gdpd.training  # noqa: F401  what every task needs, while the grid is checked
+
     torch.set_num_threads(threads)
