@@ -99,8 +99,9 @@ class LELP(Distiller):
 
     def subclass_logits(self, z_long: Tensor) -> Tensor:
         """The teacher's logits of the subclasses within each class, [batch, classes, S], of z_long [batch, D]."""
-        directions = self.directions.to(z_long.dtype)
-        return torch.einsum("bd,csd->bcs", z_long, directions) - self.offsets.to(z_long.dtype)
+        with torch.autocast(z_long.device.type, enabled=False):  # a difference of numbers of like size
+            z = z_long.to(self.directions.dtype)
+            return torch.einsum("bd,csd->bcs", z, self.directions) - self.offsets
 
     def terms(self, batch: Batch, student: StudentRun, epoch: int) -> dict[str, Tensor]:
         """The terms "kd" and "subclasses".

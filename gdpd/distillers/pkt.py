@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -35,6 +36,7 @@ class PKT(Distiller):
 
 def neighbourhood(z: Tensor) -> Tensor:
     """p [batch, batch] of features z [batch, A]; rows sum to 1."""
-    direction = F.normalize(z, dim=1)
-    kernel = (direction @ direction.T + 1) / 2
-    return (kernel / kernel.sum(dim=1, keepdim=True)).clamp(min=_LEAST)
+    with torch.autocast(z.device.type, enabled=False):  # chances differ by less than what bfloat16 tells apart
+        direction = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
+        kernel = (direction @ direction.T + 1) / 2
+        return (kernel / kernel.sum(dim=1, keepdim=True)).clamp(min=_LEAST)

@@ -44,8 +44,10 @@ class RKD(Distiller):
 
 def relations(z: Tensor) -> tuple[Tensor, Tensor]:
     """Of z [batch, A]: distances over their mean [batch, batch], cosines [batch, batch, batch] at the first index."""
-    apart = z.unsqueeze(0) - z.unsqueeze(1)  # [i, j]: from i to j
-    distance = torch.linalg.vector_norm(apart, dim=2)
-    mean = distance.sum() / (distance > 0).sum().clamp(min=1)
-    direction = F.normalize(apart, dim=2)
-    return distance / mean.clamp(min=1e-12), direction @ direction.transpose(1, 2)
+    with torch.autocast(z.device.type, enabled=False):  # differences of features are small beside them
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        apart = z.unsqueeze(0) - z.unsqueeze(1)  # [i, j]: from i to j
+        distance = torch.linalg.vector_norm(apart, dim=2)
+        mean = distance.sum() / (distance > 0).sum().clamp(min=1)
+        direction = F.normalize(apart, dim=2)
+        return distance / mean.clamp(min=1e-12), direction @ direction.transpose(1, 2)

@@ -64,7 +64,7 @@ class TAID(Distiller):
         self.register_buffer("before", torch.zeros(()))  # J of the step before; 0 at the start
 
     def phase(self, epoch: int) -> str:
-        """The least t is another in each epoch."""
+        """The least t is another in each epoch, so a recorded step (`graph_step`) is recorded anew in each."""
         return f"epoch{epoch}"
 
     def least(self, epoch: int) -> float:

@@ -43,13 +43,18 @@ class GraphedStep:
     def __init__(self, step: TrainingStep, record: Record = record_cuda_graph) -> None:
         self.step = step
         self._record = record
+        self._phase = ""
         self._calls: Counter[Any] = Counter()
         self._recordings: dict[Any, tuple[Batch, Callable[[], object], Outputs]] = {}
 
     def __call__(self, batch: Batch, epoch: int) -> Outputs:
         """As `TrainingStep.__call__`."""
-        forms = tuple((name, tuple(value.shape)) for name, value in _tensors(batch).items())
-        key = (self.step.distiller.phase(epoch), forms)
+        key = tuple((name, tuple(value.shape)) for name, value in _tensors(batch).items())
+        phase = self.step.distiller.phase(epoch)
+        if phase != self._phase:  # phases do not come back, and each may be an epoch: a graph holds memory of its own
+            self._phase = phase
+            self._calls.clear()
+            self._recordings.clear()
         self._calls[key] += 1
         if self._calls[key] <= EAGER_STEPS:
             return self._aside(batch, epoch)

@@ -268,6 +268,25 @@ def test_dkd_s_weight_grows_over_the_ramp() -> None:
     assert [made.phase(epoch) for epoch in range(5)] == ["ramp0", "ramp1", "ramp2", "main", "main"]
 
 
+@pytest.mark.parametrize("name", ["rkd", "pkt", "lelp"])
+def test_autocast_does_not_coarsen_what_is_told_by_small_differences(name: str) -> None:
+    made = method(name).float()
+    data = batch()
+    data.z_long = given(data.z_long) + 30.0
+    run = made.run_student(data)
+    expected = made.terms(data, run, MAIN)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = made.terms(data, run, MAIN)
+    for key, term in expected.items():
+        if key != "subclasses":  # the student's part of it is a layer, which is meant to run in bfloat16
+            assert torch.equal(found[key], term)
+    if name == "lelp":
+        assert isinstance(made, LELP)
+        scores = made.subclass_logits(data.z_long)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(made.subclass_logits(data.z_long), scores)
+
+
 @pytest.mark.parametrize("name", ["rkd", "pkt", "at"])
 def test_features_that_coincide_or_vanish_give_finite_losses_and_gradients(name: str) -> None:
     for rows in (torch.zeros(6, TEACHER_DIM), torch.ones(6, TEACHER_DIM)):
