@@ -13,10 +13,10 @@ PIP    := $(PY) -m pip install --disable-pip-version-check --no-input --no-compi
 BUILD  := pyproject.toml $(wildcard setup.py csrc/*.* csrc/*/*.*)
 DEMO   ?= demo
 
-.PHONY: help demo test lint types docs bench wheel clean
+.PHONY: help demo test lint types docs bench wheel wheel-test clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1: \2/p' Makefile
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1: \2/p' Makefile
 
 demo: $(VENV)/.cli  ## train, distil, evaluate and report on two bundled data sets; result in ./demo
 	$(PY) -m gdpd.cli demo --folder $(DEMO)
@@ -43,6 +43,16 @@ wheel: $(VENV)/.dev  ## sdist and manylinux wheel in dist/, built without torch,
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m auditwheel repair --wheel-dir dist dist/plain/*.whl
 	mv dist/plain/*.tar.gz dist && rm -rf dist/plain
 	$(PY) packaging/check_wheel.py dist/*.whl
+
+# In an environment and a folder of its own, so that the wheel is what runs, and nothing of the clone.
+TORCH ?= 2.9.1
+wheel-test: $(VENV)/.dev  ## the kernels' tests on the wheel in dist/ with another torch: make wheel-test TORCH=2.9.1
+	@ls dist/*.whl >/dev/null
+	rm -rf build/wheel-test && mkdir -p build/wheel-test && cp -r tests/gdpd_kernels build/wheel-test/tests
+	$(PY) -m venv build/wheel-test/env
+	build/wheel-test/env/bin/python -m pip install --disable-pip-version-check --no-compile --quiet \
+	  "torch==$(TORCH)" dist/*.whl "pytest>=8.2" "hypothesis>=6.100"
+	cd build/wheel-test/tests && ../env/bin/python -m pytest -q -m "not gpu"
 
 clean:  ## remove what was built or measured, keep .venv
 	rm -rf build dist site .coverage .asv .pytest_cache .mypy_cache .ruff_cache .hypothesis $(DEMO)

@@ -32,7 +32,7 @@ def load(name: str) -> ModuleType:
 
 
 def test_every_example_is_tested_and_short() -> None:
-    tested = {"cross_validation", "diffusers_model", "distiller", "lightning_module", "plain_loop"}
+    tested = {"cross_validation", "diffusers_model", "distiller", "lightning_module", "onnx_export", "plain_loop"}
     assert {path.stem for path in FILES} == tested
     for path in FILES:
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 60, path.name
@@ -88,6 +88,15 @@ def test_cross_validation_scores_and_searches() -> None:
     assert scores.mean() > 0.7
     assert search.best_params_["earliness"] in (0.2, 0.5)
     assert search.best_estimator_.predict_proba(load("cross_validation").series(4)[0]).shape == (4, 2)
+
+
+def test_the_student_as_an_onnx_file_gives_the_same_probabilities(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
+    pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+    found, expected = load("onnx_export").main(str(tmp_path / "student.onnx"), epochs=4)
+    assert found.shape == expected.shape == (40, 2)
+    assert found.std() > 1e-4  # not one and the same for all
+    torch.testing.assert_close(torch.tensor(found).double(), torch.tensor(expected), rtol=1e-4, atol=1e-5)
 
 
 # --- two processes --------------------------------------------------------------------------------------------------

@@ -23,7 +23,6 @@ pytestmark = pytest.mark.skipif(bool(load("native").unusable()), reason="; ".joi
 
 COUNTS = (1, 2, 3, 8)
 TASKS = Path("/proc/self/task")
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @contextmanager
