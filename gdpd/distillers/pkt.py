@@ -1,4 +1,4 @@
-"""PKT: probabilistic knowledge transfer (Passalis and Tefas, arXiv 1803.10837, equations 4 and 5)."""
+"""PKT: probabilistic knowledge transfer (Passalis and Tefas, arXiv 1803.10837)."""
 
 from __future__ import annotations
 

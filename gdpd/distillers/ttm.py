@@ -1,4 +1,4 @@
-"""TTM and WTTM: transformed teacher matching (Zheng and Yang, arXiv 2402.11148, equations 10 and 14)."""
+"""TTM and WTTM: transformed teacher matching (Zheng and Yang, arXiv 2402.11148)."""
 
 from __future__ import annotations
 

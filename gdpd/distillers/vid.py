@@ -1,4 +1,4 @@
-"""VID: variational information distillation (Ahn et al., arXiv 1904.05835, equations 3 to 5)."""
+"""VID: variational information distillation (Ahn et al., arXiv 1904.05835)."""
 
 from __future__ import annotations
 
