@@ -1,4 +1,4 @@
-"""DKD: decoupled knowledge distillation (Zhao et al., arXiv 2203.08679, equation 7)."""
+"""DKD: decoupled knowledge distillation (Zhao et al., arXiv 2203.08679)."""
 
 from __future__ import annotations
 

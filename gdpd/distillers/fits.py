@@ -1,4 +1,4 @@
-"""Fits: hints from the teacher's hidden sequence (FitNets, Romero et al., arXiv 1412.6550, equation 3)."""
+"""Fits: hints from the teacher's hidden sequence (FitNets, Romero et al., arXiv 1412.6550)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RKD: distances and angles between the features of a batch (Park et al., arXiv 1904.05068, equations 4 and 6)."""
+"""RKD: distances and angles between the features of a batch (Park et al., arXiv 1904.05068)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TAID: a teacher that moves from the student to itself (Shing et al., arXiv 2501.16937, algorithm 1)."""
+"""TAID: a teacher that moves from the student to itself (Shing et al., arXiv 2501.16937)."""
 
 from __future__ import annotations
 
