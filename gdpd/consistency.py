@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -68,3 +70,21 @@ class ConsistencyLoss(nn.Module):
         if self.prediction == "eps":
             return (z - sigma * predicted) / signal
         return predicted if self.prediction == "x0" else signal * z - sigma * predicted
+
+
+def consistency_table(table: DDIMTable) -> DDIMTable:
+    """The same steps as multistep consistency sampling (algorithm 1): the clean state, noised anew to the next level.
+
+    z' = sqrt(ab') f(z, t) + sqrt(1 - ab') noise, linear in z, the prediction and the noise; one step draws none.
+    Walked as DDIM, f would be taken for the mean of what z may come from, which it is not.
+    """
+    coefficients = []
+    for alpha_bar, landing in zip(table.alpha_bar, table.alpha_bar_prev, strict=True):
+        signal, sigma, scale = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar), math.sqrt(landing)
+        if table.prediction == "eps":
+            a, b = 1 / signal, -sigma / signal
+        else:
+            a, b = (0.0, 1.0) if table.prediction == "x0" else (signal, -sigma)
+        coefficients.append((scale * a, scale * b, math.sqrt(max(1 - landing, 0.0))))
+    eta = 1.0 if len(table) > 1 else 0.0
+    return DDIMTable(table.timesteps, tuple(coefficients), table.prediction, eta, table.alpha_bar, table.alpha_bar_prev)

@@ -104,16 +104,17 @@ class FeaturePrior(nn.Module):
         """Where `z_long` [batch, teacher_dim] lies in the prior's space: [batch, A]."""
         return z_long if self.autoencoder is None else self.autoencoder.encoder(z_long)
 
-    def losses(self, z_long: Tensor) -> dict[str, Tensor]:
+    def losses(self, z_long: Tensor, distil: bool = True) -> dict[str, Tensor]:
         """Stage-one losses of teacher features `z_long` [batch, teacher_dim], 0-d tensors by name.
 
         "noise": MSE of the prediction (Ho et al., 2020, eq. 14), t uniform, on the detached code;
         "autoencoder": MSE of the reconstruction (absent in the identity space);
-        "consistency": of the second denoiser, where there is one.
+        "consistency": of the second denoiser, where there is one and `distil` is set. A prior that has learned
+        nothing yet has nothing to distil.
         """
-        return self.losses_and_code(z_long)[0]
+        return self.losses_and_code(z_long, distil)[0]
 
-    def losses_and_code(self, z_long: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def losses_and_code(self, z_long: Tensor, distil: bool = True) -> tuple[dict[str, Tensor], Tensor]:
         """`losses`, and the detached code [batch, A] that they come from."""
         z_long = z_long.detach()
         code, losses = z_long, {}
@@ -122,7 +123,7 @@ class FeaturePrior(nn.Module):
             code = code.detach()
             losses["autoencoder"] = F.mse_loss(reconstruction, z_long)
         losses = {"noise": self._noise_loss(code), **losses}
-        if self.few_step is not None:
+        if self.few_step is not None and distil:
             losses["consistency"] = self.consistency(self.denoiser, self.few_step, code)
         return losses, code
 

@@ -58,8 +58,8 @@ class GDPD(ReverseDistiller):
         num_train_timesteps, beta_schedule, beta_start, beta_end: the diffusion, as in `gdpd_kernels.ddim_table`;
             beta_schedule="flow" with prediction="v" is a flow-matching prior.
         num_inference_steps, window, timestep_spacing, eta: the sampler's steps, likewise.
-        consistency_steps: 0, or the steps of the grid from which a denoiser for few steps is distilled in the warm-up
-            (`gdpd.consistency`); it takes the place of the prior's in the reverse process.
+        consistency_steps: 0, or the steps of the grid from which a denoiser for few steps is distilled in the second
+            half of the warm-up (`gdpd.consistency`); it takes the place of the prior's in the reverse process.
         backend: backend of both operators.
 
     Raises:
@@ -124,10 +124,11 @@ class GDPD(ReverseDistiller):
             raise ValueError(
                 f"conditioning={conditioning!r} is not known{nearest(conditioning, CONDITIONINGS)}: {known}."
             )
-        if conditioning == "guidance" and (window != "full" or eta):
+        if conditioning == "guidance" and (window != "full" or eta or consistency_steps):
             raise ValueError(
-                f"conditioning='guidance' with window={window!r}, eta={eta}: guidance starts at pure noise and "
-                "draws none on the way. Use window='full' and eta=0."
+                f"conditioning='guidance' with window={window!r}, eta={eta}, consistency_steps={consistency_steps}: "
+                "guidance starts at pure noise, draws none on the way and guides the prior's own steps. Use "
+                "window='full' and eta=0, consistency_steps=0."
             )
         if not guidance_scale >= 0:
             raise ValueError(f"guidance_scale={guidance_scale} is not a number of at least 0.")
@@ -152,7 +153,7 @@ class GDPD(ReverseDistiller):
             self._move_prior(epoch < self.warmup_epochs)
         if epoch < self.warmup_epochs:
             with span("prior"):
-                losses.update(self.prior.losses(self.teacher_features(batch)))
+                losses.update(self.prior.losses(self.teacher_features(batch), distil=self._distils(epoch)))
         else:
             losses["ce_hat"], seen["alpha"] = self._sampled_cross_entropy(z_short, batch.y)
         total = ce + self.loss_ratio * functools.reduce(torch.add, losses.values())
@@ -172,6 +173,13 @@ class GDPD(ReverseDistiller):
             return super().reverse(z, alpha, num_samples)
         z = z.repeat(num_samples, 1)
         return guided_reverse(self.prior.sampler, z, torch.randn_like(z), self.table, self.guidance_scale)
+
+    def phase(self, epoch: int) -> str:
+        """The warm-up has two halves where a denoiser is distilled."""
+        return "distil" if epoch < self.warmup_epochs and self._distils(epoch) else super().phase(epoch)
+
+    def _distils(self, epoch: int) -> bool:
+        return self.prior.few_step is not None and epoch >= self.warmup_epochs // 2
 
     def prior_runs_in_training(self) -> bool:
         """Unless the prior is frozen."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import gdpd_kernels as gk
+from gdpd.consistency import consistency_table
 from gdpd.denoisers import build_denoiser
 from gdpd.distillers.base import Batch, Distiller, taught
 from gdpd.fusion import NoiseFusion
@@ -98,6 +99,8 @@ class ReverseDistiller(Distiller):
                 f"consistency_steps={consistency_steps} makes a grid without some of the sampler's steps "
                 f"{self.table.timesteps}. Take a multiple of num_inference_steps, of twice as many with window='lower'."
             )
+        if consistency_steps:
+            self.table = consistency_table(self.table)
         self.trans = nn.Linear(student.feature_dim, width)
         self.fusion = NoiseFusion(width, alpha)
         self.proj = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width))

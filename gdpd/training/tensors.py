@@ -144,9 +144,7 @@ def prepare(data: TimeSeriesData, config: RunConfig) -> Prepared:
                     torch.from_numpy(y[index]),
                     None if equal else torch.from_numpy(lengths[index]),
                 )
-    return Prepared(
-        **splits, num_classes=data.n_classes, name=data.name, digest=_digest(data)
-    )
+    return Prepared(**splits, num_classes=data.n_classes, name=data.name, digest=_digest(data))
 
 
 def _student_channels(data: TimeSeriesData, config: RunConfig) -> list[int]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import gdpd_kernels as gk
-from gdpd.consistency import ConsistencyLoss
+from gdpd.consistency import ConsistencyLoss, consistency_table
 from gdpd.denoisers import MLPDenoiser
 from gdpd.distillers import GDPD, Batch
 from gdpd.models import build_model
@@ -102,17 +102,44 @@ def reverse_loop(denoiser: Callable[[Tensor, int], Tensor], z: Tensor, table: gk
     return z
 
 
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_several_steps_noise_the_clean_state_anew(prediction: str) -> None:
+    torch.manual_seed(0)
+    table = consistency_table(gk.ddim_table(100, 3, "cosine", prediction=prediction))
+    net = MLPDenoiser(4, hidden=(8,), num_train_timesteps=100).double()
+    start = torch.randn(5, 4).double()
+    found = gk.reverse_sample(net, start, table=table, seed=4)
+    ab = [*gk.alphas_cumprod("cosine", 100)[[66, 33, 0]].tolist(), 1.0]
+    z = start
+    for k, t in enumerate((66, 33, 0)):
+        out = net(z, torch.full((5,), t))
+        signal, sigma = math.sqrt(ab[k]), math.sqrt(1 - ab[k])
+        x0 = {"eps": (z - sigma * out) / signal, "x0": out, "v": signal * z - sigma * out}[prediction]
+        noise = gk.philox_normal(4, 5, 4, step=k + 1, dtype=torch.float64)
+        z = math.sqrt(ab[k + 1]) * x0 + math.sqrt(1 - ab[k + 1]) * noise
+    torch.testing.assert_close(found, z, rtol=1e-9, atol=1e-9)
+
+
+def test_one_step_draws_nothing_and_is_ddim_s() -> None:
+    table = gk.ddim_table(1000, 1, "flow", prediction="v", timestep_spacing="trailing")
+    one = consistency_table(table)
+    assert not one.stochastic
+    assert one.flat == pytest.approx(table.flat)
+
+
 def test_gdpd_learns_it_in_the_warm_up_and_samples_by_it_afterwards() -> None:
     torch.manual_seed(0)
     student = build_model("lstm", in_channels=1, num_classes=3, layers=1, hidden=8)
     options: dict[str, Any] = {"num_inference_steps": 1, "timestep_spacing": "trailing", "consistency_steps": 20}
-    made = GDPD(student, 12, warmup_epochs=1, **options)
+    made = GDPD(student, 12, warmup_epochs=2, **options)
     data = Batch(torch.randn(6, 1, 5), torch.arange(6) % 3, z_long=torch.randn(6, 12), teacher_logits=torch.randn(6, 3))
-    loss, parts = made.loss(data, 0)
+    assert [made.phase(epoch) for epoch in range(3)] == ["warmup", "distil", "main"]
+    assert "consistency" not in made.loss(data, 0)[1]
+    loss, parts = made.loss(data, 1)
     assert "consistency" in parts
     loss.backward()
     made.zero_grad()
-    made.loss(data, 1)[0].backward()
+    made.loss(data, 2)[0].backward()
     assert made.prior.few_step is not None
     assert any(p.grad is not None and bool(p.grad.any()) for p in made.prior.few_step.parameters())
     assert all(p.grad is None or not p.grad.any() for p in made.prior.denoiser.parameters())

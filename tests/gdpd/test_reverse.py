@@ -253,6 +253,7 @@ def test_gdpd_takes_the_other_conditioning_and_prediction() -> None:
     [
         ({"conditioning": "guided"}, r"conditioning='guided' is not known \(did you mean 'guidance'\?\)"),
         ({"conditioning": "guidance"}, "window='lower', eta=0.0.*Use window='full' and eta=0"),
+        ({"conditioning": "guidance", "window": "full", "consistency_steps": 10}, "consistency_steps=10: guidance"),
         ({"conditioning": "guidance", "window": "full", "eta": 0.5}, "eta=0.5"),
         ({"guidance_scale": -1.0}, "guidance_scale=-1.0"),
         ({"prediction": "noise"}, "prediction is 'noise'"),
