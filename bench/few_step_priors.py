@@ -4,7 +4,7 @@ A teacher learns the data set, and four priors learn its features of the trainin
 Adam, with the same denoiser: DDIM on the linear schedule, with noise and with v prediction; flow matching (v prediction
 on the schedule of straight paths); and this with consistency distillation in the second half. Each samples from pure
 noise on trailing grids. Printed is the energy distance (Székely & Rizzo, 2013) between 500 samples and the features of
-up to 500 test series, whose own distance from the training features stands in the last row (an estimate without bias may
+up to 500 test series, whose own distance from the training features stands last (an estimate without bias may
 be below zero); medians over seeds, least and most in brackets. Features are standardised by the training set.
 """
 
