@@ -15,14 +15,17 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import gdpd_kernels as gk
+from bench import tables
 from gdpd_kernels.benchmark.cases import Unavailable, unavailable
 from gdpd_kernels.benchmark.clock import by, interleave
 
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
 HOWS = ("torch", "native", "native_bf16")
 MODES = ("forward", "both")
 COMPUTE = {"native": None, "native_bf16": torch.bfloat16}
@@ -178,6 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--cpu-time", action="store_true", help="processor time of one thread: for a machine that others use too"
     )
+    parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
     parser.add_argument("--child", choices=("flushed", "default"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.cpu_time:
@@ -185,9 +189,15 @@ def main(arguments: list[str] | None = None) -> int:
     if options.child:
         _child(options)
         return 0
-    print(f"{options.threads or torch.get_num_threads()} threads, torch {torch.__version__}")
-    print("| case | denormals | torch | native | ratio | bfloat16 products | ratio | target |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    if options.write and options.case:
+        parser.error("--write takes the whole table, without --case")
+    clock = "processor time" if options.cpu_time else "wall clock"
+    about = f"{options.threads or torch.get_num_threads()} threads, torch {torch.__version__}, {clock}"
+    table = [
+        "| case | denormals | torch | native | ratio | bfloat16 products | ratio | target |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    print("\n".join([about, *table]))
     bad = False
     for child in ("flushed", "default"):
         command = [sys.executable, "-m", "bench.lstm", "--child", child, "--seconds", str(options.seconds)]
@@ -199,9 +209,13 @@ def main(arguments: list[str] | None = None) -> int:
             for figure, text in zip(wanted, process.stdout, strict=False):
                 line, failed = _line(*figure, json.loads(text))
                 bad |= failed
+                table.append(line)
                 print(line, flush=True)
         if process.returncode:
             return process.returncode
+    if options.write and not bad:
+        quantiles = f"Medians (20 to 80 %), {about}; contenders in turn, {options.seconds:g} seconds a case."
+        tables.write_between_markers(PAGE, "lstm", "\n".join([*table, "", quantiles]))
     return int(bad)
 
 
