@@ -169,6 +169,22 @@ def test_subnormals_are_zero_inside_and_left_alone_outside() -> None:
         torch.set_num_threads(1)
 
 
+@pytest.mark.parametrize("ragged", [False, True])
+def test_steps_that_no_gradient_reaches_are_skipped_without_a_trace(ragged: bool) -> None:
+    """Gradients of the last output alone: in float32 they end some 250 steps before it."""
+    problem = lstm_problem(18, 600, 1, 12, 2, last=True, ragged=ragged)
+    problem = replace(problem, grad_h=torch.zeros_like(problem.grad_h), grad_c=torch.zeros_like(problem.grad_c))
+    case = problem.to(torch.float32)
+    results = []
+    for count in (1, 2, 8):
+        with Threads(count):
+            results.append(case.run("native"))
+    assert_identical(results[1], results[0])
+    assert_identical(results[2], results[0])
+    assert_as_accurate(results[0], case.run_torch(), problem.run_torch(), torch.float32)
+    assert (results[0]["grad x"][0, :200] == 0).all() or ragged
+
+
 def test_the_last_output_alone_is_that_of_all() -> None:
     problem = lstm_problem(7, 9, 3, 17, 2, ragged=True)
     rows = torch.arange(7)
