@@ -73,7 +73,7 @@ def pairs(found: Comparison, method: str = "gdpd") -> Rows:
         share = "mean" if standing.earliness is None else f"{standing.earliness:.0%}"
         for number, pair in enumerate(found.pairs(standing, method) if method in found.methods else ()):
             bounds = f"{pair.gain.low:+.2f} to {pair.gain.high:+.2f}" if pair.bounded else ""
-            counts, p = "–".join(map(str, pair.counts)), "" if pair.p is None else f"{pair.p:.3f}"
+            counts, p = "–".join(map(str, pair.counts)), "" if pair.p is None else _p(pair.p)
             gain = f"{pair.gain.mean:+.2f}"
             rows.append((share if not number else "", method_title(pair.other), gain, bounds, counts, p))
     return rows
@@ -125,13 +125,47 @@ def teachers(results: Sequence[Result]) -> Rows:
     return rows
 
 
+def by_teacher(results: Sequence[Result], baselines: Sequence[str]) -> Rows:
+    """GDPD's gains where the teacher scores above Base, which reads the prefix alone, and where it does not."""
+    rows: Rows = [("GDPD against", "the teacher is", "paired runs", "median gain, points", "better–same–worse")]
+    for baseline in baselines:
+        found = [gain for gain in gains(results, "gdpd", baseline) if gain.base is not None]
+        for above in (True, False):
+            points = [g.points for g in found if (g.mine.teacher_auc_prc > (g.base or g.mine).auc_prc) == above]
+            if points:
+                where = "above Base" if above else "not above Base"
+                rows.append(
+                    (method_title(baseline), where, str(len(points)), f"{np.median(points):+.2f}", _counts(points))
+                )
+    return rows
+
+
+def prior(results: Sequence[Result], baselines: Sequence[str]) -> Rows:
+    """How well GDPD's prior was learned, by data set, and what GDPD gained; a prior that predicts zero has loss 1."""
+    parts = {"noise loss": "warmup.noise", "autoencoder's loss": "warmup.autoencoder", "alpha": "main.alpha"}
+    gained = {name: gains(results, "gdpd", name) for name in baselines}
+    rows: Rows = [("data set", *parts, *(f"gain over {method_title(name)}" for name in baselines))]
+    mine = [row for row in results if row.method == "gdpd" and set(parts.values()) <= set(row.parts)]
+    for dataset in sorted({row.dataset for row in mine}):
+        means = [np.mean([row.parts[part] for row in mine if row.dataset == dataset]) for part in parts.values()]
+        points = [[gain.points for gain in found if gain.mine.dataset == dataset] for found in gained.values()]
+        told = [f"{np.mean(values):+.1f}" if values else "" for values in points]
+        rows.append((dataset, f"{means[0]:.2f}", f"{means[1]:.4f}", f"{means[2]:.2f}", *told))
+    return rows[:1] + sorted(rows[1:], key=lambda row: float(row[1]))
+
+
+def _counts(points: Sequence[float]) -> str:
+    values = np.asarray(points)
+    return f"{(values > 0).sum()}–{(values == 0).sum()}–{(values < 0).sum()}"
+
+
 def reasons(results: Sequence[Result], baselines: Sequence[str]) -> Rows:
     """What goes with GDPD's gain over each baseline, over data sets."""
     rows: Rows = [("GDPD against", "what may go with the gain", "data sets", "Spearman's rho", "p, Holm")]
     for baseline in baselines:
         for number, told in enumerate(associations(gains(results, "gdpd", baseline))):
             first = method_title(baseline) if not number else ""
-            rows.append((first, told.cause, str(told.datasets), f"{told.rho:+.2f}", f"{told.p:.3f}"))
+            rows.append((first, told.cause, str(told.datasets), f"{told.rho:+.2f}", _p(told.p)))
     return rows
 
 
@@ -144,11 +178,15 @@ def runs_paired(results: Sequence[Result], baselines: Sequence[str]) -> Rows:
             continue
         points = np.array([gain.points for gain in found])
         low, middle, high = np.quantile(points, [0.25, 0.5, 0.75])
-        counts = f"{(points > 0).sum()}–{(points == 0).sum()}–{(points < 0).sum()}"
+        counts = _counts(points)
         p = wilcoxon([g.mine.auc_prc for g in found], [g.theirs.auc_prc for g in found])
         quartiles = f"{low:+.2f} to {high:+.2f}"
-        rows.append((method_title(baseline), str(len(found)), f"{middle:+.2f}", quartiles, counts, f"{p:.3f}"))
+        rows.append((method_title(baseline), str(len(found)), f"{middle:+.2f}", quartiles, counts, _p(p)))
     return rows
+
+
+def _p(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.001 else "< 0.001"
 
 
 def split(runs: Sequence[RunRecord]) -> tuple[list[str], list[str]]:
@@ -182,6 +220,8 @@ def tables(file: Path, folder: Path) -> dict[str, str]:
         "runs": runs_paired(chosen, [*baselines, *late]),
         "cells": cells(found),
         "teachers": teachers(chosen),
+        "prior": prior(chosen, baselines),
+        "by_teacher": by_teacher(chosen, baselines),
         "reasons": reasons(chosen, baselines[:2]),
     }
     told = {name: markdown(rows) for name, rows in made.items()}

@@ -56,7 +56,10 @@ def grid(tmp_path):
                 for method in SCORES:
                     row = result(name, 0.2, method, seed)
                     if method == "gdpd":
-                        row = result(name, 0.2, method, seed, auc_prc=row.auc_prc + int(name[-1]))
+                        place = int(name[-1])
+                        learned = 1 - place / 10 if place < 5 else 2.0
+                        parts = {"warmup.noise": learned, "warmup.autoencoder": 0.01, "main.alpha": 0.9}
+                        row = replace(row, auc_prc=row.auc_prc + place, parts=parts)
                     if (name, method, seed) != ("Set5", "gdpd", 2):
                         table.add(row)
     return file
@@ -81,6 +84,12 @@ def test_tables_say_what_ran_how_methods_stand_and_what_goes_with_a_gain(grid):
     assert [row[:2] for row in made["runs"]] == [["Base", "11"], ["Base-KD", "11"]]
     assert made["cells"][-1][:3] == ["Set5", "20%", "1"]
     assert made["teachers"][3] == ["Set3", "39", "8", "95.0", "95.0", "0 of 2", "64.5", "0 of 6"]
+    assert made["prior"][0] == ["Set4", "0.60", "0.0100", "0.90", "+19.0", "+9.0"]
+    assert [row[0] for row in made["prior"]] == ["Set4", "Set3", "Set2", "Set1", "Set0", "Set5"]
+    assert made["by_teacher"] == [
+        ["Base", "above Base", "11", "+17.00", "11–0–0"],
+        ["Base-KD", "above Base", "11", "+7.00", "11–0–0"],
+    ]
     told = {row[1]: row[2:4] for row in made["reasons"]}
     assert made["reasons"][0][0] == "Base"
     assert told["training series"] == ["6", "+1.00"]
