@@ -37,6 +37,7 @@ from torch.autograd import forward_ad
 from gdpd_kernels.backends import load, reference, reference_backend, saved_numel
 from gdpd_kernels.backends.reference_backend import steps_of, without_autocast
 from gdpd_kernels.program import DenoiserProgram
+from gdpd_kernels.ranges import span
 
 # As in csrc/plan.h: the values that all gradients need, the state of each step, or the values that gradients of inputs
 # need when no parameter asks for one.
@@ -126,20 +127,12 @@ def _reverse_sample(
     compute_dtype: str,
     save: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return load(backend).reverse_sample(
-        _parse(program),
-        z_short,
-        alpha,
-        noise,
-        seed,
-        rows,
-        tables,
-        params,
-        coefficients,
-        num_samples,
-        _dtype_of[compute_dtype],
-        save,
-    )
+    run = load(backend).reverse_sample
+    steps, dtype = len(coefficients) // 3, _dtype_of[compute_dtype]
+    with span("sampler forward", batch=len(z_short), steps=steps, samples=num_samples, backend=backend):
+        return run(
+            _parse(program), z_short, alpha, noise, seed, rows, tables, params, coefficients, num_samples, dtype, save
+        )
 
 
 @torch.library.register_fake("gdpd_kernels::reverse_sample", lib=LIBRARY)
@@ -187,24 +180,13 @@ def _reverse_sample_backward(
     save: int,
     wanted: list[int],
 ) -> list[Tensor]:
-    return load(backend).reverse_sample_backward(
-        grad,
-        _parse(program),
-        z_short,
-        alpha,
-        noise,
-        seed,
-        rows,
-        tables,
-        params,
-        stats,
-        saved,
-        coefficients,
-        num_samples,
-        _dtype_of[compute_dtype],
-        save,
-        wanted,
-    )
+    run = load(backend).reverse_sample_backward
+    steps, dtype = len(coefficients) // 3, _dtype_of[compute_dtype]
+    with span("sampler backward", batch=len(z_short), steps=steps, samples=num_samples, backend=backend):
+        return run(
+            grad, _parse(program), z_short, alpha, noise, seed, rows, tables, params, stats, saved, coefficients,
+            num_samples, dtype, save, wanted,
+        )  # fmt: skip
 
 
 @torch.library.register_fake("gdpd_kernels::reverse_sample_backward", lib=LIBRARY)

@@ -7,11 +7,12 @@ for the length of a `listening` block.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import ParamSpec, TypeVar
 
-Listener = Callable[[str], AbstractContextManager[object]]
+Listener = Callable[["Name"], AbstractContextManager[object]]
+Fact = int | str
 
 _listeners: list[Listener] = []
 _NOBODY = nullcontext()
@@ -20,9 +21,24 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def span(name: str) -> AbstractContextManager[object]:
-    """A block that is known to all listeners as `name`."""
-    return _told(name) if _listeners else _NOBODY
+class Name(str):
+    """A name, and what is known of the block beside it.
+
+    Args:
+        facts: such as batch, steps and backend.
+    """
+
+    facts: Mapping[str, Fact]
+
+    def __new__(cls, name: str, facts: Mapping[str, Fact]) -> Name:
+        made = super().__new__(cls, name)
+        made.facts = facts
+        return made
+
+
+def span(name: str, **facts: Fact) -> AbstractContextManager[object]:
+    """A block that is known to all listeners as `name`, with `facts` about it."""
+    return _told(Name(name, facts)) if _listeners else _NOBODY
 
 
 def ranged(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -33,7 +49,7 @@ def ranged(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             if not _listeners:
                 return function(*args, **kwargs)
-            with _told(name):
+            with _told(Name(name, {})):
                 return function(*args, **kwargs)
 
         return call
@@ -46,7 +62,8 @@ def listening(listener: Listener) -> Iterator[None]:
     """Within the block, `listener(name)` is entered and left around everything that has a name.
 
     Args:
-        listener: from a name to a context manager, such as `torch.profiler.record_function`.
+        listener: from a name to a context manager, such as `torch.profiler.record_function`. The name is a string that
+            also has ``facts``.
     """
     _listeners.append(listener)
     try:
@@ -56,7 +73,7 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 @contextmanager
-def _told(name: str) -> Iterator[None]:
+def _told(name: Name) -> Iterator[None]:
     with ExitStack() as stack:
         for listener in _listeners:
             stack.enter_context(listener(name))

@@ -89,7 +89,9 @@ def fit(
             began = time.perf_counter()
             rate = learning_rate(config, epoch, epochs)
             step.set_learning_rate(rate)
-            parts, distributions = _train_epoch(call, train, epoch, stage, config, fabric)
+            phase = "warmup" if epoch < distiller.warmup_epochs else "main"
+            with span("stage", stage=stage, phase=phase, epoch=epoch):
+                parts, distributions = _train_epoch(call, train, epoch, stage, config, fabric)
             with fabric.autocast():
                 scores = scores_of(outputs(distiller.student, validation)[1], validation.y)
             if not all(math.isfinite(value) for value in (*parts.values(), scores["ce"])):
@@ -102,7 +104,7 @@ def fit(
             record = {
                 **(about or {}),
                 "epoch": epoch,
-                "phase": "warmup" if epoch < distiller.warmup_epochs else "main",
+                "phase": phase,
                 "train": parts,
                 **distributions,
                 "val": scores,
@@ -132,11 +134,12 @@ def _train_epoch(
     sizes: list[int] = []
     seen: dict[str, list[Tensor]] = defaultdict(list)
     for rows in batches(len(train), config.batch_size, order, least=2 * ranks):
-        with span("data"):
-            batch = train.batch(rows if ranks == 1 else rows[rank::ranks])
-        sizes.append(len(rows))
-        for name, part in step(batch, epoch).items():
-            seen[name].append(part)
+        with span("step", batch=len(rows)):
+            with span("data"):
+                batch = train.batch(rows if ranks == 1 else rows[rank::ranks])
+            sizes.append(len(rows))
+            for name, part in step(batch, epoch).items():
+                seen[name].append(part)
     # Everything is looked at here, once an epoch: a look at a number waits for the device.
     scalars = {name: torch.stack(parts) for name, parts in seen.items() if not parts[0].dim()}
     weights = torch.tensor(sizes, device=device) / len(train)

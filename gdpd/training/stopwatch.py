@@ -81,11 +81,13 @@ class Stopwatch:
             return lambda _: started.append((self.read(), name))
 
         handles = [node.register_prehook(told(part(node))) for node in _nodes(loss.grad_fn)]
+        self._inside = True  # names within backward are of its parts
         try:
             began = self.read()
             run()
             started.append((self.read(), ELSEWHERE))
         finally:
+            self._inside = False
             for handle in handles:
                 handle.remove()
         self.seconds[f"{BACKWARD}: {ELSEWHERE}"] += started[0][0] - began

@@ -7,30 +7,31 @@ in Triton's interpreter, slowly, and take CPU tensors: that is how they are test
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Sequence
 from functools import cache, lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from gdpd_kernels.backends import Capabilities, saved_numel
 from gdpd_kernels.backends.triton import tiling
+from gdpd_kernels.backends.triton.call import (
+    Call,
+    interpreted,
+    on_device_coefficients,
+    split_prior,
+    split_sample,
+    split_sample_backward,
+)
 from gdpd_kernels.backends.triton.kernels import backward_source, forward_source, prior_source
-from gdpd_kernels.backends.triton.module import Recipe, Source
+from gdpd_kernels.backends.triton.module import Recipe
 from gdpd_kernels.backends.triton.tensors import alpha_strides, check_alpha, check_seed, dense, dense_all
 from gdpd_kernels.program import KINDS, DenoiserProgram
 
 _SAVES = ("", "values", "states", "inputs")  # by the numbers of `gdpd_kernels.ops`
 _FLOAT32 = torch.float32
-_REDUCTION_BLOCK = 1024
 _OLDEST_CUDA = (8, 0)  # tensor cores that take tf32 and bfloat16
 _HIP = ("gfx90a", "gfx942", "gfx950")
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "") == "1"
 
 
 @cache
@@ -38,7 +39,7 @@ def _obstacles() -> tuple[str, ...]:
     why = []
     if importlib.util.find_spec("triton") is None:
         why.append('the package triton is missing; install it with pip install "gdpd-kernels[triton]"')
-    if _interpreted():
+    if interpreted():
         return tuple(why)
     if not torch.cuda.is_available():
         why.append("torch sees no GPU")
@@ -59,87 +60,11 @@ def _unsupported(index: int) -> str:
     return f"is of compute capability {held}; the oldest is 8.0; hide it with CUDA_VISIBLE_DEVICES"
 
 
-def _architecture() -> str:
-    return "hip" if torch.version.hip is not None else "cuda"
-
-
-def _precision(compute_dtype: torch.dtype) -> str:
-    """Of matrix products, as `tiles.dot` names it. float32 means what it means to torch.matmul on this device."""
-    if compute_dtype is not _FLOAT32:
-        return {torch.bfloat16: "bf16", torch.float16: "fp16"}[compute_dtype]
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" and not _interpreted() else "ieee"
-
-
-@lru_cache(maxsize=256)
-def _pinned(coefficients: tuple[float, ...]) -> Tensor:
-    # Kept for as long as the process lives, up to so many: a captured CUDA graph copies from it at every replay.
-    return torch.tensor(coefficients, dtype=_FLOAT32).pin_memory()
-
-
-def _coefficients(coefficients: Sequence[float], device: torch.device) -> Tensor:
-    if device.type == "cpu":
-        return torch.tensor(coefficients, dtype=_FLOAT32)
-    return _pinned(tuple(coefficients)).to(device, non_blocking=True)
-
-
-class _Call:
-    """One call under way: what its launches have in common."""
-
-    def __init__(
-        self, program: DenoiserProgram, total: int, batch: int, steps: int, compute_dtype: torch.dtype
-    ) -> None:
-        self.precision = _precision(compute_dtype)
-        self.tile, self.fused = tiling.tile(program, total, self.precision, _architecture())
-        self.program, self.total, self.steps = program, total, steps
-        self.tiles = -(-total // self.tile.rows)
-        self.arguments: dict[str, Any] = {
-            "total": total, "batch": batch, "steps": steps, "tiles": self.tiles, "k": 0,
-        }  # fmt: skip
-
-    def recipe(self, **more: Any) -> Recipe:
-        return Recipe(self.program, self.tile.chunk, self.precision, self.fused, **more)
-
-    def operands(self, rows: Sequence[Tensor], tables: Sequence[Tensor], params: Sequence[Tensor]) -> None:
-        for letter, tensors in (("r", rows), ("t", tables), ("p", params)):
-            self.arguments |= {f"{letter}{i}": x for i, x in enumerate(tensors)}
-
-    def launch(self, source: Source, kernel: str, programs: int | None = None, **more: Any) -> None:
-        from gdpd_kernels.backends.triton.launch import launch
-
-        given = self.arguments | more
-        launch(source, kernel, (self.tiles if programs is None else programs,), given, self.tile.rows, self.tile.warps)
-
-    def shares(self, source: Source, like: Tensor, programs: int, wanted_tables: int) -> None:
-        stride = source.shares["tables"] + self.steps * wanted_tables
-        room = like.new_empty(programs, max(stride, 1))
-        self.arguments |= {"shares": room, "share_stride": stride, "programs": programs}
-
-    def pack(self, source: Source, recipe: Recipe, like: Tensor) -> None:
-        """Lay the weights out in padded blocks."""
-        from gdpd_kernels.backends.triton.launch import launch
-
-        self.arguments["packed"] = like.new_empty(recipe.layout.packed_size)
-        if "pack" in source.arguments:
-            launch(source, "pack", (len(recipe.layout.packed),), self.arguments, self.tile.rows, self.tile.warps)
-
-    def reduce(self, source: Source) -> None:
-        """Add up the programs' shares."""
-        from gdpd_kernels.backends.triton.launch import launch
-
-        if "reduce" not in source.arguments:
-            return
-        outputs = [x for name in source.arguments["reduce"] if name.startswith("grad_") or name == "loss"
-                   for x in (self.arguments[name],)]  # fmt: skip
-        parts, largest = source.reductions
-        grid = (-(-max(largest, *(x.numel() for x in outputs)) // _REDUCTION_BLOCK), parts)
-        launch(source, "reduce", grid, self.arguments, _REDUCTION_BLOCK, 4)
-
-
 class TritonBackend:
     """One launch forward, one and a reduction backward; more for BatchNorm over large batches (`kernels`)."""
 
     CAPABILITIES = Capabilities(
-        devices=("cuda", "cpu") if _interpreted() else ("cuda",),
+        devices=("cuda", "cpu") if interpreted() else ("cuda",),
         dtypes=(_FLOAT32,),
         compute_dtypes=(torch.bfloat16, torch.float16),
         operations=tuple(KINDS),
@@ -182,13 +107,18 @@ class TritonBackend:
         recipe = call.recipe(alpha=alpha is not None, drawn=noise is None, eta=eta, save=_SAVES[save])
         source = forward_source(recipe)
         call.arguments |= {"z_hat": z_hat, "stats": stats, "saved": saved}
-        with on_device(z_short):
-            call.arguments["coefficients"] = _coefficients(coefficients, z_short.device)
+
+        def run() -> None:
             call.pack(source, recipe, z_short)
             if call.fused:
                 call.launch(source, "forward")
             else:
-                _split_sample(call, source, recipe, z_hat, saved)
+                split_sample(call, source, recipe, z_hat, saved)
+
+        with on_device(z_short):
+            call.arguments["coefficients"] = on_device_coefficients(coefficients, z_short.device)
+            call.tune(run)
+            run()
         return z_hat, stats, saved
 
     def reverse_sample_backward(
@@ -252,9 +182,9 @@ class TritonBackend:
         with on_device(z_short):
             call.shares(source, grad, programs, tables_width)
             call.pack(source, recipe, z_short)
-            call.arguments["coefficients"] = _coefficients(coefficients, device)
+            call.arguments["coefficients"] = on_device_coefficients(coefficients, device)
             if not call.fused:
-                _split_sample_backward(call, source, recipe, programs, saved)
+                split_sample_backward(call, source, recipe, programs, saved)
             else:
                 if recipe.save == "states":
                     call.arguments["scratch"] = grad.new_empty(programs * call.tile.rows, recipe.kept.width)
@@ -288,7 +218,7 @@ class TritonBackend:
         )
         rows, tables, params = dense_all(program, rows, tables, params, batch, batch, _FLOAT32, device)
         check_seed(seed, noise is None, device)
-        call = _Call(program, batch, batch, 1, compute_dtype)
+        call = Call(program, batch, batch, 1, compute_dtype, device)
         call.operands(rows, tables, params)
         names = ["z", *_names(program)]
         inputs = dict(zip(names, [z_long, *rows, *tables, *params], strict=True))
@@ -315,7 +245,7 @@ class TritonBackend:
                 call.arguments["kept"] = z_long.new_empty(programs * call.tile.rows, width)
                 call.launch(source, "prior", programs)
             else:
-                _split_prior(call, source, recipe, z_long)
+                split_prior(call, source, recipe, z_long)
             call.reduce(source)
         return loss, stats, [made[names[i]] for i in wanted]
 
@@ -376,7 +306,7 @@ def _sampler_call(
     coefficients: Sequence[float],
     num_samples: int,
     compute_dtype: torch.dtype,
-) -> _Call:
+) -> Call:
     """Checks what forward and backward have in common."""
     batch, features = z_short.shape
     total, steps, device = num_samples * batch, len(coefficients) // 3, z_short.device
@@ -385,80 +315,13 @@ def _sampler_call(
     rows, tables, params = dense_all(program, rows, tables, params, batch, steps, _FLOAT32, device)
     check_alpha(alpha, batch, features, _FLOAT32, device)
     check_seed(seed, any(coefficients[2::3]) or (alpha is not None and noise is None), device)
-    call = _Call(program, total, batch, steps, compute_dtype)
+    call = Call(program, total, batch, steps, compute_dtype, device)
     call.operands(rows, tables, params)
     row, col = alpha_strides(alpha)
     call.arguments |= {
         "z_short": z_short, "alpha": alpha, "alpha_row": row, "alpha_col": col, "noise": noise, "seed": seed,
     }  # fmt: skip
     return call
-
-
-# --- the split plan's launches --------------------------------------------------------------------------------------
-
-
-def _split_sample(call: _Call, source: Source, recipe: Recipe, z_hat: Tensor, saved: Tensor) -> None:
-    total, features, steps = call.total, call.program.features, call.steps
-    layout, n = recipe.layout, len(recipe.layout.segments)
-    if recipe.save == "states":
-        states = list(saved.view(steps, total, features))
-    else:
-        pair = z_hat.new_empty(2, total, features)
-        states = [pair[k % 2] for k in range(steps)]
-    states.append(z_hat)
-    call.arguments |= {
-        "moments": z_hat.new_empty(call.tiles, call.program.stats_width),
-        "crossing": z_hat.new_empty(total, layout.crossing.width),
-        "kept": None,
-    }
-    call.launch(source, "start", next_state=states[0])
-    values = saved.view(steps, total, -1) if recipe.save in ("values", "inputs") else [None] * steps
-    for k in range(steps):
-        for s in range(n):
-            call.launch(source, f"forward_{s}", state=states[k], next_state=states[k + 1], kept=values[k], k=k)
-
-
-def _split_sample_backward(call: _Call, source: Source, recipe: Recipe, programs: int, saved: Tensor) -> None:
-    total, features, steps = call.total, call.program.features, call.steps
-    layout, n = recipe.layout, len(recipe.layout.segments)
-    grad = call.arguments["grad"]
-    pair = grad.new_empty(2, total, features)
-    call.arguments |= {
-        "sums": grad.new_empty(call.tiles, call.program.stats_width),
-        "gradients": grad.new_empty(total, layout.gradients.width),
-    }
-    again = recipe.save == "states"
-    values = [grad.new_empty(total, recipe.kept.width)] * steps if again else saved.view(steps, total, -1)
-    grad_state = grad
-    for k in reversed(range(steps)):
-        if again:
-            state = saved.view(steps, total, features)[k]
-            call.launch(source, "recompute", state=state, kept=values[k], k=k)
-        for s in reversed(range(n)):
-            ends = {"grad_state": grad_state, "next_grad_state": pair[k % 2]}
-            call.launch(source, f"backward_{s}", programs, kept=values[k], k=k, **ends)
-        grad_state = pair[k % 2]
-    if "finish" in source.arguments:
-        call.launch(source, "finish", grad_state=grad_state)
-
-
-def _split_prior(call: _Call, source: Source, recipe: Recipe, z_long: Tensor) -> None:
-    total, layout = call.total, recipe.layout
-    call.arguments |= {
-        "state": z_long.new_empty(total, call.program.features),
-        "residuals": z_long.new_empty(total, call.program.features),
-        "moments": z_long.new_empty(call.tiles, call.program.stats_width),
-        "sums": z_long.new_empty(call.tiles, call.program.stats_width),
-        "crossing": z_long.new_empty(total, layout.crossing.width),
-        "gradients": z_long.new_empty(total, layout.gradients.width),
-        "kept": z_long.new_empty(total, recipe.kept.width if recipe.wanted else 0),
-    }
-    call.launch(source, "start", next_state=call.arguments["state"])
-    for s in range(len(layout.segments)):
-        call.launch(source, f"forward_{s}")
-    for s in reversed(range(len(layout.segments))):
-        if recipe.wanted:
-            call.launch(source, f"backward_{s}")
 
 
 BACKEND = TritonBackend()

@@ -120,18 +120,18 @@ def test_the_command_prints_a_table_or_json(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_nvtx_hears_the_names_in_one_domain(monkeypatch: pytest.MonkeyPatch) -> None:
-    heard: list[tuple[str, str]] = []
+    heard: list[tuple[Any, ...]] = []
 
     @contextlib.contextmanager
-    def annotate(message: str, domain: str) -> Iterator[None]:
-        heard.append((message, domain))
+    def annotate(message: str, domain: str, category: str | None, payload: int | None) -> Iterator[None]:
+        heard.append((message, domain, category, payload))
         yield
 
     module = types.ModuleType("nvtx")
     module.annotate, module.enabled = annotate, lambda: True  # type: ignore[attr-defined]
     module.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
     monkeypatch.setitem(sys.modules, "nvtx", module)
-    with nvtx_ranges(), span("sampler"):
+    with nvtx_ranges(), span("sampler"), span("sampler forward", batch=64, steps=5, backend="native"):
         pass
     module.enabled = lambda: False  # type: ignore[attr-defined]
     with nvtx_ranges(), span("sampler"):
@@ -140,4 +140,4 @@ def test_nvtx_hears_the_names_in_one_domain(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with nvtx_ranges(), span("sampler"):
         pass
-    assert heard == [("sampler", "gdpd")]
+    assert heard == [("sampler", "gdpd", None, None), ("sampler forward, steps 5", "gdpd", "native", 64)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -16,10 +15,3 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Tests that need a GPU are never skipped silently."""
-    skipped = [x for x in terminalreporter.stats.get("skipped", []) if "gpu" in getattr(x, "keywords", {})]
-    if skipped:
-        terminalreporter.write_line(f"{len(skipped)} GPU tests were not run: no usable GPU (pytest -m gpu)")

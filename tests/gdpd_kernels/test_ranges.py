@@ -56,7 +56,24 @@ def test_the_operators_have_names() -> None:
     with ranges.listening(heard):
         gk.reverse_sample(denoiser, torch.randn(3, 4), table=table)
         gk.prior_loss(denoiser, torch.randn(3, 4), alphas_cumprod=table_alphas())
-    assert [name for name in heard.told if name[0] == "+"] == ["+reverse_sample", "+prior_loss"]
+    expected = ["+reverse_sample", "+sampler forward", "+prior_loss"]
+    assert [name for name in heard.told if name[0] == "+"] == expected
+
+
+def test_the_sampler_s_passes_come_with_batch_steps_and_backend() -> None:
+    facts = {}
+
+    @contextmanager
+    def listen(name: ranges.Name) -> Iterator[None]:
+        facts[str(name)] = dict(name.facts)
+        yield
+
+    table = gk.ddim_table(num_train_timesteps=10, num_inference_steps=2)
+    with ranges.listening(listen):
+        z = torch.randn(3, 4, requires_grad=True)
+        gk.reverse_sample(_Denoiser(), z, table=table, backend="reference").sum().backward()
+    expected = {"batch": 3, "steps": 2, "samples": 1, "backend": "reference"}
+    assert facts == {"reverse_sample": {}, "sampler forward": expected, "sampler backward": expected}
 
 
 def table_alphas() -> torch.Tensor:

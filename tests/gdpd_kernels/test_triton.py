@@ -10,15 +10,21 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gdpd_kernels import BackendError, BackendFallback
 from gdpd_kernels.backends import Request, load, reasons, resolve, triton_backend
 from gdpd_kernels.backends import _warn_once as warn_once
+from gdpd_kernels.backends.triton import autotune, call, tiling
 from gdpd_kernels.backends.triton.kernels import backward_source, forward_source
-from gdpd_kernels.backends.triton.module import Recipe
+from gdpd_kernels.backends.triton.module import Recipe, Source
+from gdpd_kernels.ops import SAVE_STATES
+from problem import prior_problem, sample_problem
 from programs import Builder, bottleneck, mlp
 
 HERE = Path(__file__).parent
@@ -133,6 +139,171 @@ def test_the_record_names_its_limits() -> None:
     can = load("triton").CAPABILITIES
     assert (can.devices, can.dtypes, can.max_width) == (("cuda",), (torch.float32,), 512)
     assert can.compute_dtypes == (torch.bfloat16, torch.float16)
+
+
+# --- launches ---------------------------------------------------------------------------------------------------------
+
+
+class Guard:
+    """Stands in for the guard of a device; knows whether it is entered, and of which tensor it is."""
+
+    def __init__(self) -> None:
+        self.inside: torch.Tensor | None = None
+
+    def __call__(self, tensor: torch.Tensor) -> Guard:
+        self.of = tensor
+        return self
+
+    def __enter__(self) -> None:
+        self.inside = self.of
+
+    def __exit__(self, *_: object) -> None:
+        self.inside = None
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and grids of what is launched, while nothing runs; outside of the guard of z, a launch fails."""
+    pytest.importorskip("triton")
+    from gdpd_kernels.backends.triton import launch as launching
+
+    guard, found = Guard(), []
+
+    def note(source: Any, kernel: str, grid: tuple[int, ...], given: Any, rows: int, warps: int) -> None:
+        assert guard.inside is not None
+        assert set(source.arguments[kernel]) <= given.keys()
+        found.append((kernel, grid))
+
+    monkeypatch.setattr(launching, "on_device", guard)
+    monkeypatch.setattr(launching, "launch", note)
+    return found
+
+
+def test_every_launch_is_under_the_guard_of_its_device(launched: list[tuple[str, tuple[int, ...]]]) -> None:
+    sample_problem(mlp(9, 17), batch=40, steps=2).to(torch.float32).run("triton")
+    assert launched == [
+        ("pack", (3,)), ("forward", (3,)), ("pack", (3,)), ("backward", (3,)), ("reduce", (1, 7)),
+    ]  # fmt: skip
+    launched.clear()
+    prior_problem(mlp(9, 17), batch=40).to(torch.float32).run("triton")
+    assert [name for name, _ in launched] == ["pack", "prior", "reduce"]
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_a_batch_beyond_the_tile_is_told_once_with_its_limit(launched: list[tuple[str, tuple[int, ...]]]) -> None:
+    call._tell_of_split.cache_clear()
+    problem = sample_problem(bottleneck(100), batch=65, steps=2).to(torch.float32)
+    with pytest.warns(call.SplitPlan, match="more than 64 rows at width 100, the limit of one tile"):
+        problem.run("triton")
+    assert [name for name, _ in launched].count("forward_0") == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        problem.run("triton")
+        sample_problem(bottleneck(100), batch=64, steps=2).to(torch.float32).run("triton")
+
+
+def test_the_largest_fused_batch() -> None:
+    found = {width: tiling.largest_fused_batch(width) for width in (16, 64, 65, 100, 512)}
+    assert found == {16: 512, 64: 128, 65: 64, 100: 64, 512: 16}
+
+
+def test_a_tile_is_measured_once_and_kept_in_a_file(
+    launched: list[tuple[str, tuple[int, ...]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("GDPD_KERNELS_CACHE", str(tmp_path / "new"))
+    program = mlp(9, 17)
+    name = autotune.key(program, 40, "ieee", "a GPU")
+    among = autotune.candidates(program, 40, "ieee", "cuda")
+    assert among[0] == tiling.tile(program, 40, "ieee", "cuda")[0]
+    assert len(set(among)) == len(among) == 6
+
+    def seconds(tile: tiling.Tile) -> float:
+        if tile.rows == 64:
+            raise RuntimeError("out of resource: shared memory")
+        return 1.0 / (tile.rows * tile.warps)
+
+    assert autotune.known(name) is None
+    best = autotune.choose(name, among, seconds)
+    assert (best.rows, best.warps) == (32, 8)
+    assert autotune.known(name) == best
+    assert autotune.known(autotune.key(program, 65, "ieee", "a GPU")) is None
+    assert autotune.key(program, 33, "ieee", "a GPU") == name  # up to the same power of two
+    autotune.choose("other", [among[0]], seconds)
+    assert autotune.known(name) == best
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["tiles.json"]
+    with pytest.raises(RuntimeError, match="no tile can be used"):
+        autotune.choose(name, [tiling.Tile(64, 4, 64)], seconds)
+    (tmp_path / "new" / "tiles.json").write_text("{")
+    autotune._read.cache_clear()
+    assert autotune.known(name) is None
+
+
+def test_a_call_takes_the_measured_tile_where_that_is_asked_for(
+    launched: list[tuple[str, tuple[int, ...]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import triton.testing
+
+    measured = []
+    monkeypatch.setenv("GDPD_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    one = call.Call(mlp(9, 17), 40, 40, 2, torch.float32, torch.device("cuda"))
+    one.tune(lambda: measured.append(one.tile))
+    assert not measured  # off by default
+    monkeypatch.setenv("GDPD_KERNELS_AUTOTUNE", "1")
+    monkeypatch.setattr(triton.testing, "do_bench", lambda run, **_: (run(), abs(one.tile.rows - 32) + 1.0)[1])
+    one = call.Call(mlp(9, 17), 40, 40, 2, torch.float32, torch.device("cuda"))
+    one.tune(lambda: measured.append(one.tile))
+    assert len(measured) == 6
+    assert (one.tile.rows, one.tiles, one.arguments["tiles"]) == (32, 2, 2)
+    again = call.Call(mlp(9, 17), 40, 40, 2, torch.float32, torch.device("cuda"))
+    again.tune(lambda: measured.append(again.tile))
+    assert len(measured) == 6
+    assert again.tile == one.tile
+
+
+def test_the_guard_is_that_of_the_tensor_s_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from gdpd_kernels.backends.triton.launch import on_device
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: ("guard", device))
+    assert on_device(SimpleNamespace(is_cuda=True, device="cuda:3")) == ("guard", "cuda:3")  # type: ignore[arg-type]
+    with on_device(torch.zeros(1)):
+        pass
+
+
+def test_a_kernel_gets_its_arguments_by_name_and_the_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from gdpd_kernels.backends.triton import launch as launching
+
+    got: dict[str, Any] = {}
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args, **options: got.update(grid=grid, args=args, options=options)
+
+    monkeypatch.setattr(launching, "module", lambda text: {"k": Kernel()})
+    source = Source("", {"k": ("z", "total")}, {}, frozenset(), (0, 0))
+    launching.launch(source, "k", (3,), {"total": 5, "z": None, "more": 1}, 16, 4)
+    assert got["grid"] == (3,)
+    assert got["args"] == (None, 5)
+    assert got["options"] == {"BLOCK": 16, "num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+
+
+def test_torch_compile_sees_shapes_and_device_without_a_gpu() -> None:
+    program = mlp(9, 17)
+    with FakeTensorMode():
+        z = torch.empty(5, 9, device="cuda")
+        tables = [torch.empty(2, width, device="cuda") for width in program.tables]
+        params = [torch.empty(shape, device="cuda") for shape in program.params]
+        more = program.text, [1.0, 0.5, 0.0] * 2, 3, "triton", "float32", SAVE_STATES
+        z_hat, stats, saved = torch.ops.gdpd_kernels.reverse_sample(z, None, None, None, [], tables, params, *more)
+        found = torch.ops.gdpd_kernels.reverse_sample_backward(
+            z_hat, z, None, None, None, [], tables, params, stats, saved, *more, [0, 2]
+        )
+    assert (z_hat.shape, stats.shape, saved.shape) == ((15, 9), (2, 0), (2 * 15 * 9,))
+    assert {x.device.type for x in (z_hat, stats, saved, *found)} == {"cuda"}
+    assert [x.shape for x in found] == [z.shape, tables[0].shape]
 
 
 # --- the source -------------------------------------------------------------------------------------------------------

@@ -7,8 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+import gdpd_kernels as gk
 from accuracy import assert_as_accurate, assert_identical
 from gdpd_kernels.backends import load
+from gdpd_kernels.benchmark import report
+from gdpd_kernels.benchmark.rivals import MLPDenoiser
 from gdpd_kernels.ops import SAVE_NOTHING, SAVE_STATES, SAVE_VALUES
 from problem import Problem, Result, prior_problem, sample_problem
 from programs import FAMILIES, USUAL_EPS, bottleneck, mlp
@@ -77,6 +80,46 @@ def test_a_captured_graph_gives_the_bits_of_a_call() -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert_identical(found, expected)
+
+
+def test_the_current_stream_is_used() -> None:
+    problem = on_gpu(sample_problem(mlp(100, 256), batch=64, alpha="full"))
+    expected = problem.run("triton")
+    side = torch.cuda.Stream()
+    z = torch.full_like(problem.z, torch.nan)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)  # whoever reads z from another stream sees NaN
+        z.copy_(problem.z)
+        found = replace(problem, z=z).run("triton")
+    side.synchronize()
+    assert_identical(found, expected)
+
+
+def test_reduce_overhead_gives_the_gradients_of_eager() -> None:
+    torch.manual_seed(0)
+    denoiser = MLPDenoiser(32, (64, 64)).cuda()
+    table = gk.ddim_table(num_inference_steps=4)
+    z, noise = torch.randn(16, 32, device="cuda"), torch.randn(16, 32, device="cuda")
+
+    def loss(z: torch.Tensor) -> torch.Tensor:
+        return gk.reverse_sample(denoiser, z, table=table, alpha=0.5, noise=noise, backend="triton").square().sum()
+
+    compiled, found = torch.compile(loss, mode="reduce-overhead"), []
+    for run in (loss, compiled, compiled, compiled):
+        denoiser.zero_grad()
+        run(z).backward()
+        found.append({name: p.grad.clone() for name, p in denoiser.named_parameters()})
+    for other in found[1:]:
+        for name, gradient in found[0].items():
+            torch.testing.assert_close(other[name], gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_the_benchmark_times_what_passed_its_check() -> None:
+    hows = ["eager", "graphed", "triton"]
+    record = report.bench("cuda", ["mlp-64x32-2-trainable", "paper-64x32-2-trainable"], hows, 0.1)
+    for case in record["cases"]:
+        assert all("time" in case["results"][how] for how in hows), report.table(record)
 
 
 def test_the_device_of_the_tensors_is_used_and_the_current_one_kept() -> None:

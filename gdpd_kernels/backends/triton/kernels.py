@@ -37,7 +37,7 @@ def forward_source(recipe: Recipe) -> Source:
         module.start(text)
 
         def step() -> None:
-            walk = Walk(module.layout, text, recipe.precision, kept, TILE)
+            walk = Walk(module.layout, text, recipe.precision, kept, TILE, parked=module.parked)
             if kept is not None:
                 text(f"kept = saved + k * (whole * {kept.width})")
             if recipe.save == "states":
@@ -77,7 +77,8 @@ def backward_source(recipe: Recipe) -> Source:
                 text("k = steps - 1 - i")
                 text("later_step = i")
                 walk = BackwardWalk(
-                    module.layout, text, recipe.precision, recipe.kept, KNOWN, need, recipe.wanted, module.shares
+                    module.layout, text, recipe.precision, recipe.kept, KNOWN, need, recipe.wanted, module.shares,
+                    parked=module.parked,
                 )  # fmt: skip
                 if states:
                     text("kept = scratch")
@@ -133,7 +134,8 @@ def prior_source(recipe: Recipe) -> Source:
             text("k = 0")
             module.start(text)
             walk = BackwardWalk(
-                module.layout, text, recipe.precision, kept, TILE, need, recipe.wanted, module.shares, True
+                module.layout, text, recipe.precision, kept, TILE, need, recipe.wanted, module.shares, True,
+                parked=module.parked,
             )  # fmt: skip
             module.define_state(walk)
             for number in numbers:

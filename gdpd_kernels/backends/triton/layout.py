@@ -120,6 +120,14 @@ class Layout:
         return Rows.of([name for name in names if not is_outer(name)], self.program.widths)
 
     @cached_property
+    def distant(self) -> Rows:
+        """The values that an operation other than the next one reads, and the state, which the step's end reads."""
+        names = {"z": None}
+        for number, op in enumerate(self.program.ops, start=1):
+            names |= dict.fromkeys(x for x in op.inputs if x[0] == "%" and int(x[1:]) < number - 1)
+        return Rows.of(list(names), self.program.widths)
+
+    @cached_property
     def segments(self) -> tuple[range, ...]:
         """Numbers of the operations between the training-mode BatchNorms; each but the first begins with one."""
         edges = [0, *self.program.batch_norms, len(self.program.ops)]

@@ -113,6 +113,11 @@ class Module:
         self.reductions = 0, 0
 
     @property
+    def parked(self) -> Rows | None:
+        """What a tile that has to be the whole batch puts away: it is too large for registers to hold that too."""
+        return self.layout.distant if self.program.batch_norms and self.recipe.fused else None
+
+    @property
     def operands(self) -> tuple[str, ...]:
         program = self.program
         return (
@@ -120,6 +125,7 @@ class Module:
             *(f"t{i}" for i in range(len(program.tables))),
             *(f"p{i}" for i in range(len(program.params))),
             "packed",
+            *(("parked",) if self.parked is not None else ()),
         )
 
     @property
@@ -237,9 +243,9 @@ class Module:
         """z' = a z + b prediction + s noise."""
         predicted = walk.fetch(self.program.output, self.layout.partitions["z"])
         self.coefficients(text, "abs" if self.recipe.eta else "ab")
-        for (i, start, _, size), x in zip(self.state(), predicted, strict=True):
+        for (i, start, _, size), z, x in zip(self.state(), walk.fetch("z"), predicted, strict=True):
             noise = f" + s * normals(seed, sources, k + 1, samples, {start}, {size})" if self.recipe.eta else ""
-            text(f"z_{i} = a * z_{i} + b * {x}{noise}")
+            text(f"z_{i} = a * {z} + b * {x}{noise}")
 
     def define_state(self, walk: Walk) -> None:
         walk.define("z", [f"z_{i}" for i, *_ in self.state()])

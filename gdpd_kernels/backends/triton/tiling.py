@@ -20,6 +20,9 @@ FUSED_BATCH_NUMBERS = 8192
 # Programs of a backward launch, at most: each has a share of the parameters' gradients of its own, [programs, params].
 MAX_SHARES = 128
 
+# Columns of a block. Blocks of 128 spilled more registers; blocks of 32 took far longer to compile and to interpret.
+_CHUNK = 64
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -44,15 +47,22 @@ def tile(program: DenoiserProgram, total: int, precision: str, architecture: str
         architecture: "cuda" or "hip".
     """
     widest = max(program.widths.values())
-    # Blocks of 128 spilled more registers; blocks of 32 took far longer to compile and to interpret.
-    chunk = 64
-    padded = max(16, 1 << (min(widest, chunk) - 1).bit_length()) * -(-widest // chunk)
-    if program.batch_norms:
+    padded = _padded(widest)
+    if program.batch_norms and total <= largest_fused_batch(widest):
         whole = max(16, 1 << (total - 1).bit_length())
-        if whole * padded <= FUSED_BATCH_NUMBERS:
-            return Tile(whole, 8 if whole * padded > 4096 else 4, chunk), True
+        # 16 warps would leave half the registers to each.
+        return Tile(whole, 8 if whole * padded > 4096 else 4, _CHUNK), True
     # 16 rows are what a matrix unit takes; more of them share each load of a weight, once there are programs enough.
     rows = 16 if total <= 16 * 256 or padded > 256 else 32
-    return Tile(rows, 4 if rows * padded <= 1024 else 8, chunk), not program.batch_norms
+    return Tile(rows, 4 if rows * padded <= 1024 else 8, _CHUNK), not program.batch_norms
 
 
+def largest_fused_batch(widest: int) -> int:
+    """The most trajectories that BatchNorm in training mode takes in one tile; a power of two, 0 if there is none."""
+    most = FUSED_BATCH_NUMBERS // _padded(widest)
+    return 1 << (most.bit_length() - 1) if most >= 16 else 0
+
+
+def _padded(widest: int) -> int:
+    """Columns of a value's blocks together."""
+    return max(16, 1 << (min(widest, _CHUNK) - 1).bit_length()) * -(-widest // _CHUNK)

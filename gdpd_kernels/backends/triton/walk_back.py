@@ -61,8 +61,9 @@ class BackwardWalk(Walk):
         per_row_tables: bool = False,
         pending: set[str] | None = None,
         written: set[str] | None = None,
+        parked: Rows | None = None,
     ) -> None:
-        super().__init__(layout, text, precision, kept, statistics, per_row_tables)
+        super().__init__(layout, text, precision, kept, statistics, per_row_tables, parked)
         self.need, self.wanted, self.shares = need, wanted, shares
         self.gradients: dict[str, list[Gradient | None]] = {}
         self.pending = set() if pending is None else pending
@@ -76,6 +77,9 @@ class BackwardWalk(Walk):
             return
         pieces = self._open(name)
         before, variable = pieces[index], f"d_{identifier(name)}_{index}"
+        if name in self.parked.at:
+            pieces[index] = self._park(name, index, [x for x in (before, expression) if x is not None])
+            return
 
         def write() -> str:
             expressions = [now(before)] if before is not None else []
@@ -85,6 +89,19 @@ class BackwardWalk(Walk):
         pieces[index] = Later(write)
         if before is not None:
             now(pieces[index])  # type: ignore[arg-type]
+
+    def _park(self, name: str, index: int, parts: Sequence[Gradient]) -> Later:
+        """Put the gradient of a piece into memory until it is read again."""
+        p, rows = self.partitions[name][index], self.parked
+        start = rows.at[name] + p.start
+        x = self.new("parked", " + ".join([now(part) for part in parts]))
+        self.text(f"store_rows(parked, rows, valid, {x}, {rows.width}, {start}, {p.width})")
+
+        def write() -> str:
+            self.text("tl.debug_barrier()")
+            return self.new("d", f"load_rows(parked, rows, valid, {rows.width}, {start}, {p.width}, {p.size})")
+
+        return Later(write)
 
     def _open(self, name: str) -> list[Gradient | None]:
         if name not in self.gradients:
@@ -169,7 +186,7 @@ class BackwardWalk(Walk):
         if op.kind == "linear":
             self._linear_back(op, grads, pieces)
         elif op.kind == "batch_norm":
-            self._batch_norm_back(number, op, [now(g) for g in grads], pieces)
+            self._batch_norm_back(number, op, grads, pieces)
         elif op.kind == "batch_norm_eval":
             self._eval_norm_back(op, [now(g) for g in grads], pieces)
         elif op.kind in ("layer_norm", "rms_norm"):
@@ -336,7 +353,7 @@ class BackwardWalk(Walk):
         """The normalised input and 1 / deviation of each piece."""
         found = []
         before, self.statistics = self.statistics, KNOWN  # forward has written them
-        for x, p in zip(self.fetch(op.inputs[0]), pieces, strict=True):
+        for x, p in zip(self.fetch(op.inputs[0], pieces), pieces, strict=True):
             mean, inverse = self.batch_moments(number, op, x, p)
             found.append((self.new("hat", f"({x} - {mean}) * {inverse}"), inverse))
         self.statistics = before
@@ -358,17 +375,27 @@ class BackwardWalk(Walk):
                 self.text(f"store_row(sums + tile * {stride}, {row}, {start + p.start}, {p.width})")
         self.gradients[name] = list(grads)
 
-    def _batch_norm_back(self, number: int, op: Op, grads: Sequence[str], pieces: Partition) -> None:
+    def _batch_norm_back(self, number: int, op: Op, grads: Sequence[Gradient], pieces: Partition) -> None:
         # dx = weight / deviation (g - mean(g) - hat mean(g hat)), g the gradient of the result, means over the batch.
         at, columns, stride = self.layout.stats[number], self.widths[op.inputs[0]], self.program.stats_width
-        hats = self._hats(number, op, pieces)
-        if self.statistics == TILE:
-            self._norm_params(op, grads, [hat for hat, _ in hats], pieces)
-        if op.inputs[0] not in self.need:
-            return
-        made = []
-        for g, (hat, inverse), p in zip(grads, hats, pieces, strict=True):
-            if self.statistics == TILE:
+        of_tile, own = self.statistics == TILE, [f"p{index}" for index in op.params if index is not None]
+        uses = [f"p{index}" for other in self.program.ops for index in other.params if index is not None]
+        if not of_tile or any(uses.count(name) > 1 for name in own):
+            grads = [now(g) for g in grads]  # others add to the parameter's sums as well: in the order of operations
+        weight, bias = op.param("weight"), op.param("bias")
+        told = of_tile and {f"p{weight}", f"p{bias}"} & self.wanted
+        again = {i: self._parameter_again(i) for i in (weight, bias) if told and f"p{i}" in self.wanted}
+
+        def write(gradient: Gradient, p: Piece) -> str:
+            g = now(gradient)
+            g = g if g.isidentifier() else self.new("grad", g)
+            ((hat, inverse),) = self._hats(number, op, (p,))
+            for index, row in ((weight, f"{g} * {hat}"), (bias, g)):
+                if index in again:
+                    self.text(f"add_row({self._share(index)}, {again[index]}, {row}, {p.start}, {p.width})")
+            if op.inputs[0] not in self.need:
+                return "0.0"
+            if of_tile:
                 level = f"tl.sum({g}, axis=0)[None, :]"
                 along = f"tl.sum({g} * {hat}, axis=0)[None, :]"
             else:
@@ -377,7 +404,13 @@ class BackwardWalk(Walk):
                 along = f"joined_sums({place.format(at + columns + p.start)})"
             level = self.new("level", f"{level} / total.to(tl.float32)")
             along = self.new("along", f"{along} / total.to(tl.float32)")
-            scale = self.parameter(op.param("weight"), p)
+            scale = self.parameter(weight, p)
             d = f"{inverse} * ({g} - {level} - {hat} * {along})" + (f" * {scale}" if scale else "")
-            made.append(f"tl.where(valid[:, None], {d}, 0.0)")
-        self.send(op.inputs[0], made, pieces)
+            return f"tl.where(valid[:, None], {d}, 0.0)"
+
+        made = [Later(lambda g=g, p=p: write(g, p)) for g, p in zip(grads, pieces, strict=True)]  # type: ignore[misc]
+        if op.inputs[0] in self.need:
+            self.send(op.inputs[0], made, pieces)
+        else:
+            for later in made:
+                later()

@@ -1,0 +1,227 @@
+"""The grid that `bench.gpu_static` compiles, its records, and the tables made of them.
+
+A record holds what the compiler said of one kernel, and a digest of what it was made of: the generated source, the
+device functions and the tile. A record whose digest is another today is stale: it is compiled again, and a test fails
+as long as the page shows it.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import gdpd_kernels as gk
+from bench.gpu_inspect import SHARED_LIMIT, TARGETS, Static
+from gdpd.denoisers import AdaLNDenoiser
+from gdpd_kernels.backends.triton import tiling
+from gdpd_kernels.backends.triton.kernels import backward_source, forward_source
+from gdpd_kernels.backends.triton.module import Recipe, Source
+from gdpd_kernels.benchmark.rivals import MLPDenoiser, PaperDenoiser
+from gdpd_kernels.benchmark.tables import markdown
+from gdpd_kernels.program import DenoiserProgram
+
+RECORDS = Path(__file__).with_name("gpu_static.json")
+TILES = Path(tiling.__file__).with_name("tiles.py")
+WIDTHS = (32, 64, 100, 128, 256, 512)
+PRECISIONS = ("tf32", "bf16", "fp16", "ieee")
+KERNELS = ("forward", "backward")
+BATCH, PAPER_BATCH = 1024, 64
+# Of a width: what is captured, and in which mode.
+PROGRAMS: dict[str, Callable[[int], nn.Module]] = {
+    "MLP": lambda n: MLPDenoiser(n, (n, n)),
+    "MLP with hidden layers of 256": lambda n: MLPDenoiser(n, (256, 256)),
+    "paper's network, evaluation": lambda n: PaperDenoiser(n).eval(),
+    "paper's network, training": lambda n: PaperDenoiser(n).train(),
+    "AdaLN head": lambda n: _head(n),
+}
+ONLY = {"MLP with hidden layers of 256": (100,)}  # the benchmarks' network; the others come in every width
+
+# Where registers do not suffice (docs/gpu.md, Known weaknesses); everything else has to do without spills and stack.
+WEAK: dict[str, Callable[[Cell], bool]] = {
+    "backward of BatchNorm over one tile of more than 4096 numbers": lambda cell: (
+        cell.program == "paper's network, training" and cell.width in (100, 128) and cell.kernel == "backward"
+    ),
+    "backward of the paper's network in evaluation mode at width 32 on sm_80": lambda cell: (
+        (cell.program, cell.width, cell.target, cell.kernel)
+        == ("paper's network, evaluation", 32, "sm_80", "backward")
+    ),
+    "exact float32 products in networks of 256 columns and more": lambda cell: (
+        cell.precision == "ieee" and (cell.width >= 256 or "256" in cell.program)
+    ),
+}
+
+
+def _head(width: int) -> nn.Module:
+    made = AdaLNDenoiser(features=min(width, 64), cond_features=32, hidden=width, blocks=2)
+    return made.eval()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One kernel of the grid."""
+
+    program: str
+    width: int
+    target: str
+    precision: str
+    kernel: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.program}|{self.width}|{self.target}|{self.precision}|{self.kernel}"
+
+    @property
+    def batch(self) -> int:
+        return PAPER_BATCH if self.program == "paper's network, training" else BATCH
+
+
+def grid() -> Iterator[Cell]:
+    """All of it: the usual precision before the others, what compiles in seconds before what takes a minute."""
+    for widest in (128, 512):
+        for precision in PRECISIONS:
+            for width in (n for n in WIDTHS if (n > 128) == (widest > 128)):
+                for target in TARGETS:
+                    for program in PROGRAMS:
+                        for kernel in KERNELS:
+                            if width in ONLY.get(program, WIDTHS):
+                                yield Cell(program, width, target, precision, kernel)
+
+
+@lru_cache(maxsize=64)
+def program_of(name: str, width: int) -> DenoiserProgram:
+    """The program of a network of the grid."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = PROGRAMS[name](width)
+        return gk.capture(module, cond_features=getattr(module, "cond_features", None)).program
+
+
+def source_of(cell: Cell) -> tuple[tiling.Tile, Source, bool]:
+    """The tile, the source and whether the plan is the fused one, as the backend would choose them."""
+    architecture = TARGETS[cell.target][0]
+    program = program_of(cell.program, cell.width)
+    tile, fused = tiling.tile(program, cell.batch, cell.precision, architecture)
+    return tile, _source(program, tile.chunk, cell.precision, fused, cell.kernel), fused
+
+
+@lru_cache(maxsize=512)
+def _source(program: DenoiserProgram, chunk: int, precision: str, fused: bool, kernel: str) -> Source:
+    lists = (("t", program.tables), ("r", program.rows), ("p", program.params))
+    names = frozenset(["z", "alpha", *(f"{letter}{i}" for letter, items in lists for i in range(len(items)))])
+    wanted = names - {f"p{i}" for i in program.buffer_params} if kernel == "backward" else frozenset()
+    recipe = Recipe(program, chunk, precision, fused, alpha=True, drawn=True, save="values", wanted=wanted)
+    return backward_source(recipe) if kernel == "backward" else forward_source(recipe)
+
+
+def kernels_of(cell: Cell, source: Source) -> list[str]:
+    """The names of the kernels that a cell stands for: one, or of the split plan those between two BatchNorms."""
+    return [name for name in source.arguments if name.rstrip("0123456789_") == cell.kernel]
+
+
+def digest(cell: Cell) -> str:
+    """Of everything that a kernel's machine code follows from, Triton's version aside."""
+    tile, source, _ = source_of(cell)
+    made = f"{source.text}\n{_device_functions()}\n{tile}\n{cell.target}"
+    return hashlib.sha256(made.encode()).hexdigest()[:16]
+
+
+@cache
+def _device_functions() -> str:
+    """`tiles.py` without comments and docstrings."""
+    tree = ast.parse(TILES.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return ast.dump(tree)
+
+
+# --- records ----------------------------------------------------------------------------------------------------------
+
+
+def read_records(path: Path = RECORDS) -> dict[str, dict[str, Any]]:
+    """Records by the key of their cell; none if there is no file."""
+    if not path.exists():
+        return {}
+    found: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def write_records(records: Mapping[str, Mapping[str, Any]], path: Path = RECORDS) -> None:
+    """One record a line; the file appears whole or not at all."""
+    lines = [f"{json.dumps(key)}: {json.dumps(record)}" for key, record in sorted(records.items())]
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as beside:
+        beside.write("{\n" + ",\n".join(lines) + "\n}\n")
+    os.chmod(beside.name, 0o644)
+    os.replace(beside.name, path)
+
+
+def record(cell: Cell, found: list[Static], triton: str) -> dict[str, Any]:
+    """What is kept of a cell: of registers, stack and shared memory the largest of its kernels, of counts the sums."""
+    tile, _, fused = source_of(cell)
+    largest = {name: max(getattr(s, name) for s in found) for name in ("registers", "stack", "shared")}
+    summed = {name: sum(getattr(s, name) for s in found) for name in ("spills", "matrix", "instructions")}
+    plan = {"kernels": len(found), "fused": fused, "tile": asdict(tile)}
+    return {"digest": digest(cell), "triton": triton} | plan | largest | summed
+
+
+def current(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The records of the grid that are not stale."""
+    cells = {cell.key: cell for cell in grid()}
+    return {key: x for key, x in records.items() if key in cells and x["digest"] == digest(cells[key])}
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def page(records: Mapping[str, Mapping[str, Any]]) -> str:
+    """The tables of docs/gpu.md."""
+    cells = list(grid())
+    known = [(cell, records[cell.key]) for cell in cells if cell.key in records]
+    spilled = [cell for cell, found in known if found["spills"] or found["stack"]]
+    versions = ", ".join(sorted({found["triton"] for _, found in known}))
+    about = [f"{len(known)} of the grid's {len(cells)} kernels, by Triton {versions}."]
+    if len(known) < len(cells):
+        about.append("The others have not been compiled for this page: a dash.")
+    about.append(
+        f"{len(known) - len(spilled)} spill nothing and use no stack."
+        + (" Those that do stand in bold." if spilled else "")
+    )
+    parts = [" ".join(about)]
+    for target in TARGETS:
+        rows = list(_rows(target, records))
+        if rows:
+            limit = SHARED_LIMIT[target] // 1024
+            parts.append(f"**{target}**, which has {limit} KiB of shared memory per program:")
+            parts.append(markdown([("network", "width", "tile", "kernel", *PRECISIONS), *rows]))
+    return "\n\n".join(parts)
+
+
+def _rows(target: str, records: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
+    for program in PROGRAMS:
+        for width in ONLY.get(program, WIDTHS):
+            for kernel in KERNELS:
+                cells = [Cell(program, width, target, precision, kernel) for precision in PRECISIONS]
+                if found := [records[cell.key] for cell in cells if cell.key in records]:
+                    t = found[0]["tile"]
+                    tile = f"{t['rows']} × {t['chunk']}, {t['warps']} warps"
+                    many = f" ({found[0]['kernels']})" if found[0]["kernels"] > 1 else ""
+                    yield program, str(width), tile, kernel + many, *(_told(records.get(cell.key)) for cell in cells)
+
+
+def _told(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "—"
+    shared = f"{found['shared'] / 1024:.0f} KiB"
+    text = f"{found['registers']} · {shared} · {found['matrix']} of {found['instructions']}"
+    return f"{text} · **{found['spills']} spills, {found['stack']} B**" if found["spills"] or found["stack"] else text

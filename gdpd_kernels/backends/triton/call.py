@@ -1,0 +1,222 @@
+"""A call under way: its tile and plan, what its launches have in common, and the launches of the split plan."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdpd_kernels.backends.triton import autotune, tiling
+from gdpd_kernels.backends.triton.module import Recipe, Source
+from gdpd_kernels.program import DenoiserProgram
+
+_FLOAT32 = torch.float32
+_REDUCTION_BLOCK = 1024
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "") == "1"
+
+
+def architecture() -> str:
+    """Of the GPUs that torch was built for, as `tiling.tile` names it."""
+    return "hip" if torch.version.hip is not None else "cuda"
+
+
+def _precision(compute_dtype: torch.dtype) -> str:
+    """Of matrix products, as `tiles.dot` names it. float32 means what it means to torch.matmul on this device."""
+    if compute_dtype is not _FLOAT32:
+        return {torch.bfloat16: "bf16", torch.float16: "fp16"}[compute_dtype]
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" and not interpreted() else "ieee"
+
+
+@lru_cache(maxsize=256)
+def _pinned(coefficients: tuple[float, ...]) -> Tensor:
+    # Kept for as long as the process lives, up to so many: a captured CUDA graph copies from it at every replay.
+    return torch.tensor(coefficients, dtype=_FLOAT32).pin_memory()
+
+
+def on_device_coefficients(coefficients: Sequence[float], device: torch.device) -> Tensor:
+    """a, b and s of all steps, without waiting for the device."""
+    if device.type == "cpu":
+        return torch.tensor(coefficients, dtype=_FLOAT32)
+    return _pinned(tuple(coefficients)).to(device, non_blocking=True)
+
+
+class SplitPlan(UserWarning):
+    """BatchNorm in training mode runs as several launches per step: the batch is too large for one tile."""
+
+
+@cache
+def _tell_of_split(widest: int) -> None:
+    limit = tiling.largest_fused_batch(widest)
+    warnings.warn(
+        f"BatchNorm in training mode over more than {limit} rows at width {widest}, the limit of one tile: the plan is "
+        "one launch per step and stretch between BatchNorms (docs/gpu.md, Plans); results are the same",
+        SplitPlan,
+        stacklevel=2,
+    )
+
+
+class Call:
+    """One call under way: what its launches have in common."""
+
+    def __init__(
+        self,
+        program: DenoiserProgram,
+        total: int,
+        batch: int,
+        steps: int,
+        compute_dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.precision = _precision(compute_dtype)
+        self.program, self.total, self.steps = program, total, steps
+        self.tile, self.fused = tiling.tile(program, total, self.precision, architecture())
+        self._choice = ""  # the key of a measured choice, where tiles are chosen by measurement
+        if autotune.enabled() and device.type == "cuda" and not program.batch_norms:
+            self._choice = autotune.key(program, total, self.precision, torch.cuda.get_device_name(device))
+            self.tile = autotune.known(self._choice) or self.tile
+        if program.batch_norms and not self.fused:
+            _tell_of_split(max(program.widths.values()))
+        self.arguments: dict[str, Any] = {
+            "total": total, "batch": batch, "steps": steps, "tiles": self.tiles, "k": 0,
+        }  # fmt: skip
+
+    @property
+    def tiles(self) -> int:
+        """How many tiles the trajectories make."""
+        return -(-self.total // self.tile.rows)
+
+    def tune(self, run: Callable[[], None]) -> None:
+        """Choose the tile by measuring `run`, unless that is off, has been done, or a CUDA graph is being recorded."""
+        if not self._choice or autotune.known(self._choice) or torch.cuda.is_current_stream_capturing():
+            return
+        from triton.testing import do_bench
+
+        def use(tile: tiling.Tile) -> None:
+            self.tile = tile
+            self.arguments["tiles"] = self.tiles
+
+        def seconds(tile: tiling.Tile) -> float:
+            use(tile)
+            return float(do_bench(run, warmup=5, rep=20)) * 1e-3
+
+        among = autotune.candidates(self.program, self.total, self.precision, architecture())
+        use(autotune.choose(self._choice, among, seconds))
+
+    def recipe(self, **more: Any) -> Recipe:
+        return Recipe(self.program, self.tile.chunk, self.precision, self.fused, **more)
+
+    def operands(self, rows: Sequence[Tensor], tables: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+        for letter, tensors in (("r", rows), ("t", tables), ("p", params)):
+            self.arguments |= {f"{letter}{i}": x for i, x in enumerate(tensors)}
+
+    def launch(self, source: Source, kernel: str, programs: int | None = None, **more: Any) -> None:
+        from gdpd_kernels.backends.triton.launch import launch
+
+        given = self.arguments | more
+        launch(source, kernel, (self.tiles if programs is None else programs,), given, self.tile.rows, self.tile.warps)
+
+    def shares(self, source: Source, like: Tensor, programs: int, wanted_tables: int) -> None:
+        stride = source.shares["tables"] + self.steps * wanted_tables
+        room = like.new_empty(programs, max(stride, 1))
+        self.arguments |= {"shares": room, "share_stride": stride, "programs": programs}
+
+    def pack(self, source: Source, recipe: Recipe, like: Tensor) -> None:
+        """Lay the weights out in padded blocks."""
+        from gdpd_kernels.backends.triton.launch import launch
+
+        self.arguments["packed"] = like.new_empty(recipe.layout.packed_size)
+        if self.fused and self.program.batch_norms:
+            self.arguments["parked"] = like.new_empty(self.tile.rows, recipe.layout.distant.width)
+        if "pack" in source.arguments:
+            launch(source, "pack", (len(recipe.layout.packed),), self.arguments, self.tile.rows, self.tile.warps)
+
+    def reduce(self, source: Source) -> None:
+        """Add up the programs' shares."""
+        from gdpd_kernels.backends.triton.launch import launch
+
+        if "reduce" not in source.arguments:
+            return
+        outputs = [x for name in source.arguments["reduce"] if name.startswith("grad_") or name == "loss"
+                   for x in (self.arguments[name],)]  # fmt: skip
+        parts, largest = source.reductions
+        grid = (-(-max(largest, *(x.numel() for x in outputs)) // _REDUCTION_BLOCK), parts)
+        launch(source, "reduce", grid, self.arguments, _REDUCTION_BLOCK, 4)
+
+
+# --- the split plan's launches --------------------------------------------------------------------------------------
+
+
+def split_sample(call: Call, source: Source, recipe: Recipe, z_hat: Tensor, saved: Tensor) -> None:
+    """The launches of forward."""
+    total, features, steps = call.total, call.program.features, call.steps
+    layout, n = recipe.layout, len(recipe.layout.segments)
+    if recipe.save == "states":
+        states = list(saved.view(steps, total, features))
+    else:
+        pair = z_hat.new_empty(2, total, features)
+        states = [pair[k % 2] for k in range(steps)]
+    states.append(z_hat)
+    call.arguments |= {
+        "moments": z_hat.new_empty(call.tiles, call.program.stats_width),
+        "crossing": z_hat.new_empty(total, layout.crossing.width),
+        "kept": None,
+    }
+    call.launch(source, "start", next_state=states[0])
+    values = saved.view(steps, total, -1) if recipe.save in ("values", "inputs") else [None] * steps
+    for k in range(steps):
+        for s in range(n):
+            call.launch(source, f"forward_{s}", state=states[k], next_state=states[k + 1], kept=values[k], k=k)
+
+
+def split_sample_backward(call: Call, source: Source, recipe: Recipe, programs: int, saved: Tensor) -> None:
+    """The launches of backward."""
+    total, features, steps = call.total, call.program.features, call.steps
+    layout, n = recipe.layout, len(recipe.layout.segments)
+    grad = call.arguments["grad"]
+    pair = grad.new_empty(2, total, features)
+    call.arguments |= {
+        "sums": grad.new_empty(call.tiles, call.program.stats_width),
+        "gradients": grad.new_empty(total, layout.gradients.width),
+    }
+    again = recipe.save == "states"
+    values = [grad.new_empty(total, recipe.kept.width)] * steps if again else saved.view(steps, total, -1)
+    grad_state = grad
+    for k in reversed(range(steps)):
+        if again:
+            state = saved.view(steps, total, features)[k]
+            call.launch(source, "recompute", state=state, kept=values[k], k=k)
+        for s in reversed(range(n)):
+            ends = {"grad_state": grad_state, "next_grad_state": pair[k % 2]}
+            call.launch(source, f"backward_{s}", programs, kept=values[k], k=k, **ends)
+        grad_state = pair[k % 2]
+    if "finish" in source.arguments:
+        call.launch(source, "finish", grad_state=grad_state)
+
+
+def split_prior(call: Call, source: Source, recipe: Recipe, z_long: Tensor) -> None:
+    """The launches of `prior_loss`."""
+    total, layout = call.total, recipe.layout
+    call.arguments |= {
+        "state": z_long.new_empty(total, call.program.features),
+        "residuals": z_long.new_empty(total, call.program.features),
+        "moments": z_long.new_empty(call.tiles, call.program.stats_width),
+        "sums": z_long.new_empty(call.tiles, call.program.stats_width),
+        "crossing": z_long.new_empty(total, layout.crossing.width),
+        "gradients": z_long.new_empty(total, layout.gradients.width),
+        "kept": z_long.new_empty(total, recipe.kept.width if recipe.wanted else 0),
+    }
+    call.launch(source, "start", next_state=call.arguments["state"])
+    for s in range(len(layout.segments)):
+        call.launch(source, f"forward_{s}")
+    for s in reversed(range(len(layout.segments))):
+        if recipe.wanted:
+            call.launch(source, f"backward_{s}")
