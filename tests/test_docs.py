@@ -38,8 +38,9 @@ PARSED = {
     "grid": "tests/gdpd/test_grid.py",
     "profile": "tests/gdpd/test_profile.py",
 }
-# Pages whose commands want more than the page: a finished grid, hours, a module of the reader's own.
+# Pages whose commands want more than the page: a finished grid, hours, a GPU, a module of the reader's own.
 PARSED_PAGES = {
+    "docs/gpu.md": "tests/gdpd_kernels/test_benchmark.py",
     "docs/grids.md": "tests/gdpd/test_grid.py",
     "docs/method.md": "tests/gdpd/test_methods.py",
     "docs/report.md": "tests/gdpd/test_report.py",
@@ -110,7 +111,8 @@ def test_commands_parse(page):
             elif command == "python" and arguments[0] == "-m":
                 assert importlib.util.find_spec(arguments[1]) is not None, line
             else:
-                assert command in {"pip", "git", "cd", "asv", "bash", "python", ".ci/run"}, line
+                others = {"pip", "git", "cd", "asv", "bash", "python", "pytest", "nsys", "nsys-ui", ".ci/run"}
+                assert command in others, line
 
 
 @pytest.mark.filterwarnings("ignore")
