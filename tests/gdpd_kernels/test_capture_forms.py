@@ -106,6 +106,7 @@ KINKS = torch.tensor([-torch.inf, -1e30, *NEAR, 1e30, torch.inf])
 
 # In float64 too, PyTorch computes these with constants in float32.
 WRITTEN = {
+    # Without clamp, whose derivative at its bound is 1 up to torch 2.13 and 0 in 2.14.
     "celu": lambda x: torch.where(x > 0, x, 1.7 * torch.expm1(torch.where(x > 0, 0.0, x) / 1.7)),
     "hardsigmoid": lambda x: F.relu6(x + 3) / 6,
     "hardswish": lambda x: x * F.relu6(x + 3) / 6,
