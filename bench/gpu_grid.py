@@ -45,16 +45,16 @@ PROGRAMS: dict[str, Callable[[int], nn.Module]] = {
     "paper's network, training": lambda n: PaperDenoiser(n).train(),
     "AdaLN head": lambda n: _head(n),
 }
+_CONDITION = 32
 ONLY = {"MLP with hidden layers of 256": (100,)}  # the benchmarks' network; the others come in every width
 
 # Where registers do not suffice (docs/gpu.md, Known weaknesses); everything else has to do without spills and stack.
 WEAK: dict[str, Callable[[Cell], bool]] = {
-    "backward of BatchNorm over one tile of more than 4096 numbers": lambda cell: (
-        cell.program == "paper's network, training" and cell.width in (100, 128) and cell.kernel == "backward"
+    "BatchNorm in training mode over one tile, from 64 columns on": lambda cell: (
+        cell.program == "paper's network, training" and cell.width >= 64
     ),
-    "backward of the paper's network in evaluation mode at width 32 on sm_80": lambda cell: (
-        (cell.program, cell.width, cell.target, cell.kernel)
-        == ("paper's network, evaluation", 32, "sm_80", "backward")
+    "backward of the paper's network in evaluation mode": lambda cell: (
+        cell.program == "paper's network, evaluation" and cell.kernel == "backward"
     ),
     "exact float32 products in networks of 256 columns and more": lambda cell: (
         cell.precision == "ieee" and (cell.width >= 256 or "256" in cell.program)
@@ -63,7 +63,7 @@ WEAK: dict[str, Callable[[Cell], bool]] = {
 
 
 def _head(width: int) -> nn.Module:
-    made = AdaLNDenoiser(features=min(width, 64), cond_features=32, hidden=width, blocks=2)
+    made = AdaLNDenoiser(features=min(width, 64), cond_features=_CONDITION, hidden=width, blocks=2)
     return made.eval()
 
 
@@ -103,8 +103,8 @@ def program_of(name: str, width: int) -> DenoiserProgram:
     """The program of a network of the grid."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        module = PROGRAMS[name](width)
-        return gk.capture(module, cond_features=getattr(module, "cond_features", None)).program
+        cond_features = _CONDITION + 1 if name == "AdaLN head" else None  # beside the condition, the token's index
+        return gk.capture(PROGRAMS[name](width), cond_features=cond_features).program
 
 
 def source_of(cell: Cell) -> tuple[tiling.Tile, Source, bool]:

@@ -74,6 +74,15 @@ def test_recorded_kernels_keep_their_promises() -> None:
         assert may_spill(cells[key]) or (found["spills"], found["stack"]) == (0, 0), key
 
 
+@pytest.mark.parametrize("name", gpu_grid.PROGRAMS)
+def test_every_network_of_the_grid_has_sources(name: str) -> None:
+    width = gpu_grid.ONLY.get(name, gpu_grid.WIDTHS)[0]
+    for kernel in gpu_grid.KERNELS:
+        cell = Cell(name, width, "sm_80", "tf32", kernel)
+        _, source, _ = gpu_grid.source_of(cell)
+        assert gpu_grid.kernels_of(cell, source)
+
+
 def test_a_changed_source_makes_a_record_stale(monkeypatch: pytest.MonkeyPatch) -> None:
     cell = Cell("MLP", 32, "sm_80", "tf32", "forward")
     before = gpu_grid.digest(cell)
