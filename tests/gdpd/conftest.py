@@ -8,9 +8,12 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Networks this small gain nothing from a second thread, and on a busy machine lose a lot by waiting for it."""
+    """Networks this small gain nothing from a second thread, and on a busy machine lose a lot by waiting for it.
+
+    For each test, since what a test runs may pin its own number, on which the last bits of torch's sums depend.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
