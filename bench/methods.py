@@ -68,13 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.cpu_time:
         torch.set_num_threads(1)
     timings = interleave(contenders(), options.seconds, by(time.thread_time if options.cpu_time else time.perf_counter))
-    made = rows(timings)
-    kind = "processor time, one thread" if options.cpu_time else f"wall clock, {torch.get_num_threads()} threads"
-    print(f"{kind}; median (20–80 %)\n{tables.plain(made)}")
-    if options.write:
-        tables.write_between_markers(
-            PAGE, "methods", f"{tables.markdown(made)}\n\n{kind.capitalize()}; medians (20–80 %)."
-        )
+    tables.show_timings(rows(timings), options.cpu_time, PAGE if options.write else None, "methods")
     return 0
 
 

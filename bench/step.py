@@ -200,14 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     for case in chosen:
         print(f"{case.name} ...", file=sys.stderr, flush=True)
         found[case] = measure(case, options.seconds, now)
-    made = rows(found)
-    kind = "processor time, one thread" if options.cpu_time else f"wall clock, {torch.get_num_threads()} threads"
-    print(f"{kind}; median (20–80 %)\n{tables.plain(made)}")
-    if options.write:
-        tables.write_between_markers(
-            PAGE, "steps", f"{tables.markdown(made)}\n\n{kind.capitalize()}; medians (20–80 %)."
-        )
-        print(f"wrote {PAGE.name}")
+    tables.show_timings(rows(found), options.cpu_time, PAGE if options.write else None, "steps")
     return 0
 
 

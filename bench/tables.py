@@ -19,7 +19,18 @@ from gdpd_kernels.benchmark.clock import times
 from gdpd_kernels.benchmark.measure import Measured
 from gdpd_kernels.benchmark.tables import Rows, markdown, plain
 
-__all__ = ["Rows", "figures", "floors", "grid", "losses", "machine", "markdown", "plain", "write_between_markers"]
+__all__ = [
+    "Rows",
+    "figures",
+    "floors",
+    "grid",
+    "losses",
+    "machine",
+    "markdown",
+    "plain",
+    "show_timings",
+    "write_between_markers",
+]
 
 _LOSS = "**loss** "
 
@@ -115,6 +126,15 @@ def machine(peak: Peak | None) -> Rows:
 def contenders() -> Rows:
     """The names used in the tables."""
     return [("name", "what it is"), *rivals.RIVALS.items()]
+
+
+def show_timings(rows: Rows, cpu_time: bool, page: Path | None, name: str) -> None:
+    """Print a table of times with the clock that they were taken by; into `page`, if any, between markers `name`."""
+    kind = "processor time, one thread" if cpu_time else f"wall clock, {torch.get_num_threads()} threads"
+    print(f"{kind}; median (20–80 %)\n{plain(rows)}")
+    if page is not None:
+        write_between_markers(page, name, f"{markdown(rows)}\n\n{kind.capitalize()}; medians (20–80 %).")
+        print(f"wrote {page.name}")
 
 
 def write_between_markers(page: Path, name: str, body: str) -> None:

@@ -129,7 +129,7 @@ def _reverse_sample(
 ) -> tuple[Tensor, Tensor, Tensor]:
     run = load(backend).reverse_sample
     steps, dtype = len(coefficients) // 3, _dtype_of[compute_dtype]
-    with span("sampler forward", batch=len(z_short), steps=steps, samples=num_samples, backend=backend):
+    with span("sampler forward", batch=z_short.shape[0], steps=steps, samples=num_samples, backend=backend):
         return run(
             _parse(program), z_short, alpha, noise, seed, rows, tables, params, coefficients, num_samples, dtype, save
         )
@@ -182,7 +182,7 @@ def _reverse_sample_backward(
 ) -> list[Tensor]:
     run = load(backend).reverse_sample_backward
     steps, dtype = len(coefficients) // 3, _dtype_of[compute_dtype]
-    with span("sampler backward", batch=len(z_short), steps=steps, samples=num_samples, backend=backend):
+    with span("sampler backward", batch=z_short.shape[0], steps=steps, samples=num_samples, backend=backend):
         return run(
             grad, _parse(program), z_short, alpha, noise, seed, rows, tables, params, stats, saved, coefficients,
             num_samples, dtype, save, wanted,

@@ -81,12 +81,15 @@ class Distiller(nn.Module):
 
     def __init__(self, student: Classifier, *, loss_ratio: float = 1.0, warmup_epochs: int = 0) -> None:
         super().__init__()
-        if warmup_epochs < 0:
-            raise ValueError(f"warmup_epochs={warmup_epochs} is below 0. Give the number of warm-up epochs, or 0.")
         self.student = student
         self.loss_ratio = loss_ratio
-        self.warmup_epochs = warmup_epochs
+        self._warm_up_for(warmup_epochs)
         self.register_buffer("class_weights", None, persistent=False)
+
+    def _warm_up_for(self, epochs: int) -> None:
+        if epochs < 0:
+            raise ValueError(f"warmup_epochs={epochs} is below 0. Give the number of warm-up epochs, or 0.")
+        self.warmup_epochs = epochs
 
     def terms(self, batch: Batch, student: StudentRun, epoch: int) -> dict[str, Tensor]:
         """What the method adds to the cross-entropy: 0-d losses by name, before weighting.

@@ -115,8 +115,7 @@ class GDPD(ReverseDistiller):
             consistency_steps=consistency_steps,
             backend=backend,
         )
-        if warmup_epochs < 0:
-            raise ValueError(f"warmup_epochs={warmup_epochs} is below 0. Give the number of warm-up epochs, or 0.")
+        self._warm_up_for(warmup_epochs)
         if num_samples < 1:
             raise ValueError(f"num_samples={num_samples} is below 1. It is the number of noise draws per series.")
         if conditioning not in CONDITIONINGS:
@@ -132,7 +131,6 @@ class GDPD(ReverseDistiller):
             )
         if not guidance_scale >= 0:
             raise ValueError(f"guidance_scale={guidance_scale} is not a number of at least 0.")
-        self.warmup_epochs = warmup_epochs
         self.conditioning = conditioning
         self.guidance_scale = guidance_scale
         self.hinton = hinton
