@@ -7,6 +7,7 @@ evaluation and report. Both checkouts use this interpreter; build the earlier on
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import resource
 import statistics
@@ -17,26 +18,46 @@ import time
 from pathlib import Path
 
 from bench import tables
+from gdpd_kernels.benchmark import cases
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "performance.md"
 TARGET = 2.0
 
 
-def run_demo(checkout: Path, seeds: int) -> tuple[float, float]:
-    """Wall-clock and processor seconds of the demo of a checkout.
+class Demo:
+    """Seconds of the whole demo with one seed, by the package that is installed with its command line."""
+
+    timeout = 600
+    number, repeat = 1, 3
+    smoke = False  # half a minute; `make demo` is run by itself
+
+    def setup(self) -> None:
+        if importlib.util.find_spec("typer") is None or importlib.util.find_spec("aeon") is None:
+            raise cases.Unavailable("the package is installed without its extra cli")
+
+    def time_demo(self) -> None:
+        run_demo(None, seeds=1)
+
+
+def run_demo(checkout: Path | None, seeds: int) -> tuple[float, float]:
+    """Wall-clock and processor seconds of the demo of a checkout, or of the installed package.
 
     Raises:
         RuntimeError: the demo failed; the message holds the end of what it printed.
     """
-    environment = {**os.environ, "PYTHONPATH": str(checkout)}
+    environment = {**os.environ, **({"PYTHONPATH": str(checkout)} if checkout else {})}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "gdpd.cli", "demo", "--folder", folder, "--seeds", str(seeds)]
         before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-        done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=checkout or folder, env=environment, capture_output=True, text=True, check=False
+        )
         took, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
-        raise RuntimeError(f"the demo in {checkout} ended with exit code {done.returncode}: {done.stderr[-2000:]}")
+        raise RuntimeError(
+            f"the demo in {checkout or folder} ended with exit code {done.returncode}: {done.stderr[-2000:]}"
+        )
     return took, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
