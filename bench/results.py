@@ -1,4 +1,4 @@
-"""`python -m bench.results`: the tables of docs/results.md from the results table of the comparison.
+"""`python -m bench.results`: the tables of docs/results.md from the results tables of the comparison and of its search.
 
 Nothing is trained. Run it after `gdpd grid results/comparison.yaml`, or on another grid's file to see its tables.
 """
@@ -25,6 +25,7 @@ from gdpd.methods import method_order, method_title
 from gdpd.training.stages import CHANCE_LEVEL
 
 ROOT = Path(__file__).resolve().parents[1]
+COMPARISON, SEARCH = ROOT / "results" / "comparison.yaml", ROOT / "results" / "loss_ratio.yaml"
 FULL = 0.75  # share of the best covered method's runs that a method of the main tables has
 
 
@@ -140,18 +141,45 @@ def by_teacher(results: Sequence[Result], baselines: Sequence[str]) -> Rows:
     return rows
 
 
-def prior(results: Sequence[Result], baselines: Sequence[str]) -> Rows:
-    """How well GDPD's prior was learned, by data set, and what GDPD gained; a prior that predicts zero has loss 1."""
+def prior(results: Sequence[Result], baselines: Sequence[str], method: str = "gdpd") -> Rows:
+    """How well the method's prior was learned, by data set, and its gains; a prior that predicts zero has loss 1."""
     parts = {"noise loss": "warmup.noise", "autoencoder's loss": "warmup.autoencoder", "alpha": "main.alpha"}
-    gained = {name: gains(results, "gdpd", name) for name in baselines}
+    gained = {name: gains(results, method, name) for name in baselines}
     rows: Rows = [("data set", *parts, *(f"gain over {method_title(name)}" for name in baselines))]
-    mine = [row for row in results if row.method == "gdpd" and set(parts.values()) <= set(row.parts)]
+    mine = [row for row in results if row.method == method and set(parts.values()) <= set(row.parts)]
     for dataset in sorted({row.dataset for row in mine}):
         means = [np.mean([row.parts[part] for row in mine if row.dataset == dataset]) for part in parts.values()]
         points = [[gain.points for gain in found if gain.mine.dataset == dataset] for found in gained.values()]
         told = [f"{np.mean(values):+.1f}" if values else "" for values in points]
         rows.append((dataset, f"{means[0]:.2f}", f"{means[1]:.4f}", f"{means[2]:.2f}", *told))
     return rows[:1] + sorted(rows[1:], key=lambda row: float(row[1]))
+
+
+def trials(grid: Grid, results: Sequence[Result]) -> Rows:
+    """What each trial of each method's search scored on validation data, mean over the cells that all its trials have.
+
+    In bold the best by the grid's search score; ties go to the lower cross-entropy. Test scores are not asked.
+    """
+    rows: Rows = [("method", "trial", "cells", "validation AUC-PRC", "validation cross-entropy")]
+    by_key = {row.key: row for row in results}
+    for label in grid.methods:
+        found: dict[str, dict[tuple[str, float, int], Result]] = {}
+        for job in grid.jobs():
+            if job.label == label and job.key in by_key:
+                told = ", ".join(f"{name} = {value}" for name, value in job.trial.items())
+                row = by_key[job.key]
+                found.setdefault(told, {})[row.dataset, row.earliness, row.seed] = row
+        cells = set.intersection(*map(set, found.values())) if found else set()
+        means = {
+            told: (np.mean([rows[cell].val_auc_prc for cell in cells]), np.mean([rows[cell].val_ce for cell in cells]))
+            for told, rows in found.items()
+            if cells
+        }
+        best = min(means, key=lambda told: (-means[told][0], means[told][1]), default="")
+        for number, (told, (auc_prc, ce)) in enumerate(means.items()):
+            first, bold = "" if number else method_title(label), f"**{told}**" if told == best else told
+            rows.append((first, bold, str(len(cells)), f"{auc_prc:.2f}", f"{ce:.3f}"))
+    return rows
 
 
 def _counts(points: Sequence[float]) -> str:
@@ -225,8 +253,19 @@ def tables(file: Path, folder: Path) -> dict[str, str]:
         "reasons": reasons(chosen, baselines[:2]),
     }
     told = {name: markdown(rows) for name, rows in made.items()}
+    told["variants"] = _variants(grid, found, chosen)
     told["late"] = "All methods are in the tables above." if not late else _late(runs, late)
     return told
+
+
+def _variants(grid: Grid, found: Comparison, chosen: Sequence[Result]) -> str:
+    """For each variant of GDPD among the compared methods: its pairs, and how its prior was learned."""
+    told = []
+    for label in found.methods:
+        if label != "gdpd" and grid.variant(label).method == "gdpd":
+            baselines = [name for name in ("base", "kd", "gdpd") if name in found.methods]
+            told += [markdown(pairs(found, label)), markdown(prior(chosen, baselines, label))]
+    return "\n\n".join(told) or "No variant has run as far as the methods above."
 
 
 def _late(runs: Sequence[RunRecord], late: Sequence[str]) -> str:
@@ -239,14 +278,22 @@ def _late(runs: Sequence[RunRecord], late: Sequence[str]) -> str:
     return f"{kept}\n\n{markdown(standings(every))}\n\n{markdown(cells(every))}"
 
 
+def search(file: Path) -> str:
+    """The table of the comparison's search, as Markdown; see `trials`."""
+    return markdown(trials(read_grid(file), read_results(file.with_suffix(""))))
+
+
 def main() -> None:
     """Write the tables into docs/results.md."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("file", type=Path, nargs="?", default=ROOT / "results" / "comparison.yaml")
+    parser.add_argument("file", type=Path, nargs="?", default=COMPARISON)
     parser.add_argument("--folder", type=Path, help="folder of the results table (default: beside the file)")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md")
     asked = parser.parse_args()
-    for name, table in tables(asked.file, asked.folder or asked.file.with_suffix("")).items():
+    made = tables(asked.file, asked.folder or asked.file.with_suffix(""))
+    if asked.file == COMPARISON:
+        made["search"] = search(SEARCH)
+    for name, table in made.items():
         write_between_markers(asked.page, name, table)
     print(f"tables written: {asked.page}")
 

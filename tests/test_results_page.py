@@ -13,13 +13,11 @@ from gdpd.experiments import Result, ResultsTable
 from gdpd.training.atomic import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-FILE = ROOT / "results" / "comparison.yaml"
 
 
-@pytest.mark.skipif(not FILE.with_suffix("").is_dir(), reason="no results are committed yet")
-def test_the_page_is_what_the_committed_table_gives():
+def test_the_page_is_what_the_committed_tables_give():
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    made = page.tables(FILE, FILE.with_suffix(""))
+    made = page.tables(page.COMPARISON, page.COMPARISON.with_suffix("")) | {"search": page.search(page.SEARCH)}
     assert set(re.findall(r"<!-- begin (\w+) -->", text)) == set(made)
     for name in made:
         written = text.split(f"<!-- begin {name} -->")[1].split(f"<!-- end {name} -->")[0]
@@ -95,6 +93,43 @@ def test_tables_say_what_ran_how_methods_stand_and_what_goes_with_a_gain(grid):
     assert told["training series"] == ["6", "+1.00"]
 
 
+def test_the_search_is_told_by_validation_scores_over_the_cells_that_all_trials_have(tmp_path):
+    file = tmp_path / "search.yaml"
+    file.write_text(
+        "datasets: [Set1, Set2, Set3]\nearliness: [0.4]\nseeds: [1]\n"
+        "methods: {kd: {search: {loss_ratio: [0.1, 1, 10]}}, fits: {search: {loss_ratio: [0.1, 1, 10]}}}\n"
+    )
+    scores = {0.1: (80.0, 0.5), 1.0: (90.0, 0.7), 10.0: (90.0, 0.4)}  # a tie, which the cross-entropy decides
+    with ResultsTable(tmp_path / "search") as rows:
+        for name in ("Set1", "Set2"):
+            for ratio, (auc_prc, ce) in scores.items():
+                options = {} if ratio == 1 else {"loss_ratio": ratio}
+                row = result(name, 0.4, "kd", 1, options=options, val_auc_prc=auc_prc + int(name[-1]), val_ce=ce)
+                rows.add(replace(row, auc_prc=100.0 if ratio == 0.1 else 0.0))  # test scores say otherwise
+        rows.add(result("Set3", 0.4, "kd", 1, val_auc_prc=0.0))  # a cell without its other trials
+    assert table(page.search(file)) == [
+        ["Base-KD", "loss_ratio = 0.1", "2", "81.50", "0.500"],
+        ["", "loss_ratio = 1", "2", "91.50", "0.700"],
+        ["", "**loss_ratio = 10**", "2", "91.50", "0.400"],
+    ]
+
+
+def test_variants_of_gdpd_have_tables_of_their_own(grid):
+    told = grid.read_text().replace("[base, kd, gdpd]", "{base: {}, kd: {}, gdpd: {}, gdpd-x: {method: gdpd}}")
+    grid.write_text(told)
+    assert "No variant" in page.tables(grid, grid.with_suffix(""))["variants"]
+    with ResultsTable(grid.with_suffix("")) as rows:
+        for row in rows.results():
+            if row.method == "gdpd":
+                rows.add(replace(row, method="gdpd-x", options={"method": "gdpd"}, auc_prc=row.auc_prc + 1))
+    made = page.tables(grid, grid.with_suffix(""))
+    pairs, priors = made["variants"].split("\n\n")
+    gained = {row[1]: (row[2], row[4]) for row in table(pairs)}
+    assert gained["GDPD"] == ("+1.00", "6–0–0")
+    assert table(priors)[0][0] == "Set4"
+    assert table(priors)[0][-1] == "+1.0"  # over GDPD
+
+
 def test_what_has_not_begun_is_one_row(grid):
     grid.write_text(grid.read_text().replace("earliness: [0.2]", "earliness: [0.4, 0.2, 0.8]"))
     made = table(page.tables(grid, grid.with_suffix(""))["progress"])
@@ -118,7 +153,7 @@ def test_a_method_that_has_just_begun_has_tables_of_its_own(grid):
 
 def test_tables_go_between_the_markers_of_the_page(grid, tmp_path, monkeypatch, capsys):
     copy = tmp_path / "page.md"
-    names = page.tables(grid, grid.with_suffix(""))
+    names = page.tables(grid, grid.with_suffix(""))  # of a grid that is not the page's: without its search
     copy.write_text("".join(f"<!-- begin {name} -->\nold\n<!-- end {name} -->\n" for name in names))
     monkeypatch.setattr("sys.argv", ["results", str(grid), "--page", str(copy)])
     page.main()
