@@ -1,4 +1,4 @@
-"""Losses against torchdistill, where it is installed: `pip install --no-deps torchdistill` leaves torchvision out."""
+"""Losses against torchdistill, which `make` installs (`pip install --no-deps torchdistill`: no torchvision)."""
 
 from __future__ import annotations
 
