@@ -328,7 +328,10 @@ class AdaLNDenoiser(nn.Module):
                 "which condition(c, token) returns"
             )
         c, token = cond.split([self.cond_features, self.tokens], dim=1)
-        given = self.cond_embedding(c) + token @ self.token_embedding
+        return self.from_embedding(z, t, self.cond_embedding(c) + token @ self.token_embedding)
+
+    def from_embedding(self, z: Tensor, t: Tensor, given: Tensor) -> Tensor:
+        """`noise_and_variance` with Linear(c) + E[token], ``[batch, hidden]``, in the place of `cond`."""
         y = self.activation(self.time_embedding(t) + given)
         x = self.inner(z)
         for block in self.blocks:

@@ -12,8 +12,8 @@ class GuidedDenoiser(nn.Module):
     """eps = eps_u + w (eps_c - eps_u), with eps_c the head's prediction under the condition, eps_u under none.
 
     Both are computed in one call, so the guided step is one program to the sampler: two runs of the sampler could not
-    do it, since the two predictions meet at every step. "No condition" is a vector that is learned: in training,
-    `drop` puts it in the place of some rows' conditions. With w = 1 the head runs once.
+    do it, since the two predictions meet at every step. "No condition" is a vector that is learned: in training it
+    stands in the place of some rows' conditions. With w = 1 the head runs once.
 
     Args:
         head: the conditional denoiser.
@@ -31,12 +31,6 @@ class GuidedDenoiser(nn.Module):
         self.guidance = guidance
         self.features = head.features
         self.no_condition = nn.Parameter(torch.zeros(head.cond_features))
-
-    def drop(self, cond: Tensor, dropped: Tensor) -> Tensor:
-        """`cond` [rows, C + tokens] with the rows' conditions replaced where `dropped` (bool [rows]) is True."""
-        width = self.head.cond_features
-        kept = torch.where(dropped[:, None], self.no_condition, cond[:, :width])
-        return torch.cat([kept, cond[:, width:]], dim=1)
 
     def forward(self, z: Tensor, t: Tensor, cond: Tensor) -> Tensor:
         """Guided noise [rows, features]; arguments as `AdaLNDenoiser.forward`."""

@@ -2,7 +2,7 @@
 
 from gdpd_kernels.backends import BackendError, BackendFallback, backends
 from gdpd_kernels.capture import CapturedDenoiser, CaptureError, capture
-from gdpd_kernels.functional import prior_loss, reverse_sample
+from gdpd_kernels.functional import denoise, prior_loss, reverse_sample
 from gdpd_kernels.lstm import lstm
 from gdpd_kernels.philox import philox_normal, philox_words
 from gdpd_kernels.program import DenoiserProgram, ProgramError
@@ -22,6 +22,7 @@ __all__ = [
     "backends",
     "capture",
     "ddim_table",
+    "denoise",
     "lstm",
     "make_betas",
     "philox_normal",

@@ -26,7 +26,7 @@ from gdpd_kernels.arguments import (
 from gdpd_kernels.backends import BackendError, BackendFallback, Request, load, resolve, saved_numel
 from gdpd_kernels.capture import CapturedDenoiser, CaptureError, capture
 from gdpd_kernels.hidden_walk import HiddenWalk, hidden_walk
-from gdpd_kernels.passes import Rewrite, fold_batch_norm_eval, fold_time_tables
+from gdpd_kernels.passes import Rewrite, fold_batch_norm_eval, fold_time_tables, tables_as_rows
 from gdpd_kernels.philox import philox_words
 from gdpd_kernels.program import DenoiserProgram
 from gdpd_kernels.ranges import ranged
@@ -189,7 +189,8 @@ def prior_loss(
         words = philox_words(key, batch, 1, step=_TIMESTEP_DRAW, device=z_long.device)[:, 0, 0]
         timesteps = (words * alphas_cumprod.shape[0]) >> 32
     else:
-        check_timesteps(timesteps, len(alphas_cumprod), z_long)
+        check_timesteps(timesteps, z_long)
+        check_range("timesteps", timesteps, 0, len(alphas_cumprod) - 1, "alphas_cumprod has so many entries")
     alpha_bar = alphas_cumprod.to(device=z_long.device, dtype=torch.float64)[timesteps]
     check_range("alphas_cumprod", alpha_bar, 0, 1, "it is a product of variances' complements, see alphas_cumprod()")
     signal, sigma = alpha_bar.sqrt().to(z_long.dtype), (1 - alpha_bar).sqrt().to(z_long.dtype)
@@ -225,6 +226,56 @@ def prior_loss(
     )
     _update_running_stats(captured.batch_norms, stats, batch, chosen)
     return loss
+
+
+@ranged("denoise")
+def denoise(
+    denoiser: Denoiser,
+    z: Tensor,
+    timesteps: Tensor,
+    *,
+    cond: Tensor | None = None,
+    backend: str = "auto",
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The denoiser's prediction at one time step per row, ``denoiser(z, t)``, as one differentiable operation.
+
+    For losses of one's own on the prediction, which `prior_loss` does not know. Gradients reach `z`, `cond` and the
+    denoiser's parameters; BatchNorms in training mode update their running statistics.
+
+    Args:
+        denoiser: as in `reverse_sample`.
+        z: states, [batch, features], floating.
+        timesteps: int64 [batch].
+        cond: a condition per row, [batch, width], for denoisers that take one.
+        backend, compute_dtype: as in `reverse_sample`.
+
+    Returns:
+        [batch, features], in the dtype of `z` (float32 under autocast).
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, by name.
+        BackendError: the backend asked for by name cannot run the call.
+    """
+    z, compute = precision("z", z, compute_dtype)
+    check_timesteps(timesteps, z)
+    cond = condition(cond, z)
+    captured = _captured(denoiser, z.shape[1], cond, backend)
+    if captured is None:
+        return stepwise.denoise(denoiser, z, timesteps, cond, compute)
+    program = captured.program
+    check_fit(captured, z, cond, z.shape[0])
+    chosen = _choose(backend, program.text, z.device.type, z.dtype, compute)
+    params = captured.parameters_now()
+    check_parameters(program, params, z)
+    # One step of the walk with z' = 0 z + 1 prediction. Every row has a table row of its own: to the walk, a condition.
+    tables = _tables(lambda: captured.tables(timesteps), timesteps, z)
+    rows = [*_of_state(captured.rows(cond), z), *tables]
+    prediction, stats = _walk(
+        chosen, compute, tables_as_rows(program), z, None, None, None, rows, [], params, (0.0, 1.0, 0.0), 1
+    )
+    _update_running_stats(captured.batch_norms, stats, z.shape[0], chosen)
+    return prediction
 
 
 def _of_state(tensors: list[Tensor], z: Tensor) -> list[Tensor]:

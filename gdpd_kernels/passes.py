@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gdpd_kernels.program import DenoiserProgram, Op
 
-__all__ = ["Formula", "Rewrite", "fold_batch_norm_eval", "fold_time_tables"]
+__all__ = ["Formula", "Rewrite", "fold_batch_norm_eval", "fold_time_tables", "tables_as_rows"]
 
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "add": torch.add,
@@ -408,3 +408,16 @@ class _Draft:
             tuple(self.names[i] for i in params),
         )
         return Rewrite(program, tuple(self.params[i] for i in params), tuple(self.tables[i] for i in tables))
+
+
+@lru_cache(maxsize=64)
+def tables_as_rows(program: DenoiserProgram) -> DenoiserProgram:
+    """The same program with every table ``t0..`` as a row after ``r0..``: for calls with a time step per batch row."""
+    first = len(program.rows)
+
+    def renamed(operand: str) -> str:
+        return f"r{first + int(operand[1:])}" if operand.startswith("t") else operand
+
+    ops = tuple(replace(op, inputs=tuple(map(renamed, op.inputs))) for op in program.ops)
+    rows = (*program.rows, *program.tables)
+    return replace(program, tables=(), rows=rows, ops=ops, output=renamed(program.output))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import gdpd_kernels as gk
 from gdpd.denoisers import AdaLNDenoiser
 from gdpd.distillers.base import Batch, Distiller, taught
+from gdpd.embedded import EmbeddedHead, embed_tokens
 from gdpd.guidance import GuidedDenoiser
 from gdpd.models import Classifier
 from gdpd.options import nearest
@@ -145,6 +146,7 @@ class GenDD(Distiller):
             num_train_timesteps=num_train_timesteps,
         )
         self.denoiser = GuidedDenoiser(head, guidance)
+        self._embedded: tuple[EmbeddedHead] | None = None
         alphas_cumprod = gk.alphas_cumprod("cosine", num_train_timesteps)
         self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
         self.learned_range = LearnedRange(alphas_cumprod) if variance == "learned" else None
@@ -228,23 +230,33 @@ class GenDD(Distiller):
             other = torch.randperm(len(c), device=c.device)
             c, x0 = (share * x + (1 - share) * x[other] for x in (c, x0))
         rows = self.tokens.split(x0.to(c.dtype)).repeat(self.repeats, 1)
-        cond = self.denoiser.head.condition_tokens(c).repeat(self.repeats, 1)
-        cond = self.denoiser.drop(cond, torch.rand(len(cond), device=cond.device) < self.drop_condition)
+        dropped = torch.rand(len(rows), device=c.device) < self.drop_condition
+        dropped = dropped.view(self.repeats, len(c), self.tokens.tokens)
+        given = embed_tokens(self.denoiser.head, c, self.denoiser.no_condition, dropped)
         t = torch.randint(len(self.alphas_cumprod), (len(rows),), device=rows.device)
         noise = torch.randn_like(rows)
         if self.learned_range is None:
             loss = gk.prior_loss(
-                self.denoiser.head, rows, alphas_cumprod=self.alphas_cumprod, timesteps=t, noise=noise, cond=cond,
+                self.embedded_head, rows, alphas_cumprod=self.alphas_cumprod, timesteps=t, noise=noise, cond=given,
                 backend=self.backend,
             )  # fmt: skip
             return {"noise": loss}
         alpha_bar = self.alphas_cumprod[t][:, None]
         z_t = alpha_bar.sqrt().to(rows.dtype) * rows + (1 - alpha_bar).sqrt().to(rows.dtype) * noise
-        predicted, v = self.denoiser.head.noise_and_variance(z_t, t, cond).chunk(2, dim=1)
+        state = F.pad(z_t, (0, self.tokens.width))
+        predicted, v = gk.denoise(self.embedded_head, state, t, cond=given, backend=self.backend).chunk(2, dim=1)
         return {
             "noise": F.mse_loss(predicted, noise),
             "variational": self.learned_range.variational_term(noise, predicted, v, t),
         }
+
+    @property
+    def embedded_head(self) -> EmbeddedHead:
+        """The head over embedded conditions, always the same object for the same head: what the kernels know it by."""
+        if self._embedded is None or self._embedded[0].head is not self.denoiser.head:
+            # In a tuple, so that the head's weights are not in this module's state twice.
+            self._embedded = (EmbeddedHead(self.denoiser.head, self.variance == "learned"),)
+        return self._embedded[0]
 
     def _teacher_features(self, batch: Batch) -> Tensor:
         if not self.prepared:

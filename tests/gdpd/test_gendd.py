@@ -15,6 +15,7 @@ import gdpd_kernels as gk
 import toy
 from gdpd.distillers import Batch, GenDD, build_distiller
 from gdpd.distillers.gendd import _beta, class_means
+from gdpd.embedded import EmbeddedHead, embed_tokens
 from gdpd.models import Classifier, build_model
 from gdpd.probe import LinearProbe
 from gdpd.training import run
@@ -273,6 +274,45 @@ def test_the_guided_head_runs_natively() -> None:
     plain, fused = copy.deepcopy(made), made
     plain.backend, fused.backend = "reference", "native"
     torch.testing.assert_close(fused.sample(x, seed=1)[0], plain.sample(x, seed=1)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("variance", ["learned", "posterior"])
+def test_the_loss_runs_natively_with_the_reference_s_gradients(variance: str) -> None:
+    data, found = batch(), []
+    for backend in ("reference", "native"):
+        made = gendd(variance=variance, backend=backend, token_width=5, pad_tokens=True)
+        torch.manual_seed(7)
+        loss, _ = made.loss(data, 0)
+        loss.backward()
+        found.append([loss, *(p.grad for p in made.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 20
+    for native, reference in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(native, reference, rtol=1e-9, atol=1e-12)
+
+
+def test_conditions_are_embedded_once_and_given_to_every_token() -> None:
+    made = gendd()
+    head, free = made.denoiser.head, torch.randn(8).double()
+    c, dropped = torch.randn(ROWS, 8).double(), torch.rand(2, ROWS, 3) < 0.4
+    cond = head.condition_tokens(c).repeat(2, 1)
+    cond = torch.cat([torch.where(dropped.flatten()[:, None], free, cond[:, :8]), cond[:, 8:]], dim=1)
+    z, t = torch.randn(len(cond), 4).double(), torch.arange(len(cond)) % 50
+    expected = head.noise_and_variance(z, t, cond)
+    given = embed_tokens(head, c, free, dropped)
+    torch.testing.assert_close(EmbeddedHead(head, variance=False)(z, t, given), expected[:, :4])
+    state = torch.cat([z, torch.full_like(z, torch.nan)], dim=1)  # the second half is read by nobody
+    torch.testing.assert_close(EmbeddedHead(head, variance=True)(state, t, given), expected)
+
+
+def test_the_head_is_in_the_state_once_and_copies_have_their_own() -> None:
+    made = gendd()
+    made.loss(batch(), 0)
+    assert not any("embedded" in name for name in made.state_dict())
+    other = copy.deepcopy(made)
+    assert other.embedded_head.head is other.denoiser.head is not made.denoiser.head
+    assert made.embedded_head is made.embedded_head
+    made.denoiser.head = copy.deepcopy(made.denoiser.head)
+    assert made.embedded_head.head is made.denoiser.head
 
 
 @pytest.mark.parametrize("variance", ["learned", "posterior"])
