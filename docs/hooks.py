@@ -24,7 +24,8 @@ def on_files(files: Files, config: Any) -> Files:
     for source, page in PAGES.items():
         text = (ROOT / source).read_text(encoding="utf-8")
         if source.endswith(".py"):
-            text = f"# {source}\n\n```python\n{text}```\n"
+            # One heading needs no list of headings, and code needs its room.
+            text = f"---\nhide: [toc]\n---\n\n# {source}\n\n```python\n{text}```\n"
         files.append(File.generated(config, page, content=text))
     return files
 
