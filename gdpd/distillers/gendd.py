@@ -55,7 +55,7 @@ class GenDD(Distiller):
         token_width: width of a token; None: as `gdpd.tokens.token_split` finds it.
         pad_tokens: fill up the last token with zeros where the width does not divide D.
         mixup: parameter of the Beta distribution that the share of the mix is drawn from; 0 does not mix.
-        repeats: how often a token is repeated in a step (the paper's 10 to 50 cost 5 to 25 times as much).
+        repeats: how often a token is repeated in a step (the paper's 10 to 50 cost the head 10 to 50 times as much).
         drop_condition: share of the rows whose condition is dropped.
         hidden, blocks: size of the head (the paper's 1024 and 3 are for ImageNet).
         variance: "learned" (between its bounds, by the variational term) or "posterior" (fixed; the loss is then
@@ -85,7 +85,7 @@ class GenDD(Distiller):
         teacher_dim: int,
         *,
         loss_ratio: float = 1.0,
-        contraction: float = 0.9,
+        contraction: float = 0.7,
         target: str = "labels",
         labelled: bool = True,
         two_stage: bool = False,
@@ -93,7 +93,7 @@ class GenDD(Distiller):
         token_width: int | None = None,
         pad_tokens: bool = False,
         mixup: float = 1.0,
-        repeats: int = 2,
+        repeats: int = 1,
         drop_condition: float = 0.2,
         hidden: int = 128,
         blocks: int = 3,
