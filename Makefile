@@ -37,12 +37,13 @@ docs: $(VENV)/.dev  ## links and docstrings, then the documentation as a site in
 bench: $(VENV)/.dev  ## every benchmark once, at its smallest size, to see that it runs
 	$(PY) -m bench.smoke
 
-wheel: $(VENV)/.dev  ## sdist and manylinux wheel in dist/, built without torch, checked and tried
+wheel: $(VENV)/.dev  ## sdist and manylinux wheel in dist/, built without torch, checked and tried, the sdist without a compiler too
 	rm -rf dist
 	$(PY) -m build --outdir dist/plain
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m auditwheel repair --wheel-dir dist dist/plain/*.whl
 	mv dist/plain/*.tar.gz dist && rm -rf dist/plain
 	$(PY) packaging/check_wheel.py dist/*.whl
+	$(PY) packaging/check_sdist.py dist/*.tar.gz
 
 # In an environment and a folder of its own, so that the wheel is what runs, and nothing of the clone.
 TORCH ?= 2.9.1
@@ -52,6 +53,8 @@ wheel-test: $(VENV)/.dev  ## the kernels' tests on the wheel in dist/ with anoth
 	$(PY) -m venv build/wheel-test/env
 	build/wheel-test/env/bin/python -m pip install --disable-pip-version-check --no-compile --quiet \
 	  "torch==$(TORCH)" dist/*.whl "pytest>=8.2" "hypothesis>=6.100"
+	cd build/wheel-test/tests && ../env/bin/python -c "import gdpd_kernels as gk; native = gk.backends()[0]; \
+	  assert 'site-packages' in gk.__file__ and native['usable'], (gk.__file__, native)"
 	cd build/wheel-test/tests && ../env/bin/python -m pytest -q -m "not gpu"
 
 clean:  ## remove what was built or measured, keep .venv

@@ -8,7 +8,6 @@ Exit status 1, with a line for each thing that is wrong.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -16,25 +15,15 @@ from collections.abc import Iterator
 from email.parser import Parser
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parents[1] / "tests" / "gdpd_kernels"
+from installed import install, use
+
 MOST_BYTES = 5_000_000
 HEAVY = {"torch", "numpy"}  # all that a plain install may ask for
 
-# Run beside the unpacked wheel and nothing of the clone: forward, backward, and agreement with the reference.
-SMOKE = """
-import torch, gdpd_kernels as gk
-assert not gk.__file__.startswith({clone!r}), gk.__file__
-class Denoiser(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.SiLU(), torch.nn.Linear(32, 8))
-    def forward(self, z, t):
-        return self.net(z)
-torch.manual_seed(0)
-denoiser, z = Denoiser(), torch.randn(37, 8, requires_grad=True)
+# Forward, backward, and agreement with the reference.
+SCRIPT = """
 results = []
-for backend in ("native", "reference"):
-    z_hat = gk.reverse_sample(denoiser, z, table=gk.ddim_table(), alpha=0.5, seed=1, backend=backend)
+for z_hat in (sample("native"), sample("reference")):
     results.append([z_hat, *torch.autograd.grad(z_hat.square().sum(), [z, *denoiser.parameters()])])
 for a, b in zip(*results):
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -66,21 +55,11 @@ def faults(wheel: Path) -> Iterator[str]:
 
 
 def smoke(wheel: Path) -> Iterator[str]:
-    """What goes wrong when it is unpacked somewhere and used with the torch of this interpreter."""
+    """What goes wrong when it is installed somewhere and used with the torch of this interpreter."""
     with tempfile.TemporaryDirectory() as folder:
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, str(wheel)]
-        subprocess.run(pip, check=True)
-        script = SMOKE.format(clone=str(TESTS.parents[1]))
-        found = subprocess.run(
-            [sys.executable, "-P", "-c", script] if sys.version_info >= (3, 11) else [sys.executable, "-c", script],
-            env=os.environ | {"PYTHONPATH": folder},
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if found.returncode:
-            yield found.stderr.strip()
+        wrong = install(wheel, Path(folder), os.environ) or use(Path(folder), SCRIPT)
+        if wrong:
+            yield wrong
 
 
 def main(paths: list[str]) -> int:
