@@ -238,7 +238,8 @@ def tables(file: Path, folder: Path) -> dict[str, str]:
     grid, results = read_grid(file), read_results(folder)
     chosen = choose(results, read_recipe(folder)["search_score"])
     runs = result_records(folder)
-    full, late = split(runs)
+    varied = [label for label in grid.methods if grid.variant(label).method != label]
+    full, late = split([run for run in runs if run.method not in varied])
     found = compare(run for run in runs if run.method in full)
     baselines = [method for method in full if method != "gdpd"]
     made = {
@@ -253,29 +254,42 @@ def tables(file: Path, folder: Path) -> dict[str, str]:
         "reasons": reasons(chosen, baselines[:2]),
     }
     told = {name: markdown(rows) for name, rows in made.items()}
-    told["variants"] = _variants(grid, found, chosen)
-    told["late"] = "All methods are in the tables above." if not late else _late(runs, late)
+    told["variants"] = _variants(varied, runs, full, chosen)
+    told["late"] = "All methods are in the tables above." if not late else _late(runs, full, late)
     return told
 
 
-def _variants(grid: Grid, found: Comparison, chosen: Sequence[Result]) -> str:
-    """For each variant of GDPD among the compared methods: its pairs, and how its prior was learned."""
+def _variants(labels: Sequence[str], runs: Sequence[RunRecord], full: Sequence[str], chosen: Sequence[Result]) -> str:
+    """Each variant of a method, beside the methods of the main tables where all of these ran too, and its prior."""
     told = []
-    for label in found.methods:
-        if label != "gdpd" and grid.variant(label).method == "gdpd":
-            baselines = [name for name in ("base", "kd", "gdpd") if name in found.methods]
-            told += [markdown(pairs(found, label)), markdown(prior(chosen, baselines, label))]
-    return "\n\n".join(told) or "No variant has run as far as the methods above."
+    for label in labels:
+        if any(run.method == label for run in runs):
+            found = compare(run for run in runs if run.method in (*full, label))
+            learned = prior(chosen, [name for name in ("base", "kd", "gdpd") if name in full], label)
+            told += [f"`{label}`, {_covered(found)}:", *map(markdown, (standings(found), pairs(found, label), learned))]
+    return "\n\n".join(told) or "No variant has run."
 
 
-def _late(runs: Sequence[RunRecord], late: Sequence[str]) -> str:
-    names = ", ".join(map(method_title, late))
-    try:
-        every = compare(runs)
-    except ValueError:
-        return f"{names}: no cell yet that all methods have."
-    kept = f"{every.complete.sum()} of {every.complete.size} cells have all methods, {names} included:"
-    return f"{kept}\n\n{markdown(standings(every))}\n\n{markdown(cells(every))}"
+def _late(runs: Sequence[RunRecord], full: Sequence[str], late: Sequence[str]) -> str:
+    """Each method that has fewer runs, beside those of the main tables, where all of these ran too."""
+    told = []
+    for method in late:
+        try:
+            found = compare(run for run in runs if run.method in (*full, method))
+        except ValueError:
+            told += [f"{method_title(method)}: no cell yet that all methods have."]
+            continue
+        told += [
+            f"{method_title(method)}, {_covered(found)}:",
+            markdown(standings(found)),
+            markdown(pairs(found, method)),
+        ]
+    return "\n\n".join(told)
+
+
+def _covered(found: Comparison) -> str:
+    """How many cells (data set, share read) and runs per method a comparison rests on."""
+    return f"{found.complete.sum()} of {found.complete.size} cells, {found.paired.sum()} runs of each method"
 
 
 def search(file: Path) -> str:

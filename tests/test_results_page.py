@@ -114,16 +114,20 @@ def test_the_search_is_told_by_validation_scores_over_the_cells_that_all_trials_
     ]
 
 
-def test_variants_of_gdpd_have_tables_of_their_own(grid):
+def test_variants_of_a_method_have_tables_of_their_own(grid):
     told = grid.read_text().replace("[base, kd, gdpd]", "{base: {}, kd: {}, gdpd: {}, gdpd-x: {method: gdpd}}")
     grid.write_text(told)
-    assert "No variant" in page.tables(grid, grid.with_suffix(""))["variants"]
+    before = page.tables(grid, grid.with_suffix(""))
+    assert before["variants"] == "No variant has run."
     with ResultsTable(grid.with_suffix("")) as rows:
         for row in rows.results():
             if row.method == "gdpd":
                 rows.add(replace(row, method="gdpd-x", options={"method": "gdpd"}, auc_prc=row.auc_prc + 1))
     made = page.tables(grid, grid.with_suffix(""))
-    pairs, priors = made["variants"].split("\n\n")
+    assert made["standings"] == before["standings"]
+    covered, standings, pairs, priors = made["variants"].split("\n\n")
+    assert covered == "`gdpd-x`, 6 of 6 cells, 11 runs of each method:"
+    assert [row[2] for row in table(standings)] == ["Base", "Base-KD", "GDPD", "gdpd-x"]
     gained = {row[1]: (row[2], row[4]) for row in table(pairs)}
     assert gained["GDPD"] == ("+1.00", "6–0–0")
     assert table(priors)[0][0] == "Set4"
@@ -144,11 +148,13 @@ def test_a_method_that_has_just_begun_has_tables_of_its_own(grid):
     made = page.tables(grid, grid.with_suffix(""))
     for name in ("standings", "pairs", "cells"):
         assert made[name] == before[name]
-    assert "1 of 6 cells have all methods, Fits included" in made["late"]
+    assert made["late"].startswith("Fits, 1 of 6 cells, 1 runs of each method:")
     assert "**99.00**" in made["late"]
     with ResultsTable(grid.with_suffix("")) as rows:
         rows.add(replace(result("Set9", 0.2, "kd", 1), method="gendd"))
-    assert page.tables(grid, grid.with_suffix(""))["late"] == "Fits, GenDD: no cell yet that all methods have."
+    made = page.tables(grid, grid.with_suffix(""))
+    assert made["late"].startswith("Fits, 1 of 6 cells")
+    assert made["late"].endswith("GenDD: no cell yet that all methods have.")
 
 
 def test_tables_go_between_the_markers_of_the_page(grid, tmp_path, monkeypatch, capsys):

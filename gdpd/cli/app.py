@@ -237,10 +237,14 @@ def report(
             help="Method of a comparison that the others are set against.", show_default="gdpd, else the best by rank"
         ),
     ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="Method of a comparison; may be given several times.", show_default="all that have runs"),
+    ] = None,
 ) -> None:
     """Print the table of some finished runs and write one self-contained HTML report about them."""
     from gdpd.experiments import find_runs, summarise
-    from gdpd.experiments.comparison import compare, find_records, table
+    from gdpd.experiments.comparison import compare, find_records, of_methods, table
     from gdpd.report import build_comparison, build_report
 
     folders = folders or [Path("runs")]
@@ -252,12 +256,15 @@ def report(
         several = len({run.method for run in runs}) > 1 and len({run.dataset for run in runs}) > 2
         compared = comparison or of_grid or several
     if compared:
+        runs = of_methods(runs, method) if method else runs
         _console().print(table(compare(runs)))
         for path in outputs:
             typer.echo(f"report: {build_comparison(runs, path, title, reference)}")
         return
     if reference is not None:
         raise ValueError(f"reference={reference}: only a comparison has one; add --comparison")
+    if method:
+        raise ValueError(f"method={', '.join(method)}: only a comparison chooses among them; add --comparison")
     for path in outputs:
         if path.suffix.lower() in (".csv", ".tex"):
             raise ValueError(f"output={path}: tables in {path.suffix} are of a comparison; add --comparison")

@@ -7,7 +7,7 @@ over those seeds; the mean over earliness weighs each earliness alike and takes 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,6 +27,7 @@ from gdpd.experiments.statistics import (
     win_tie_loss,
 )
 from gdpd.methods import method_order, method_title
+from gdpd.options import nearest
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -278,6 +279,20 @@ def find_records(paths: Iterable[Path]) -> tuple[bool, list[RunRecord]]:
         else:
             folders.append(folder)
     return of_grid, runs + (find_runs(folders) if folders else [])
+
+
+def of_methods(runs: Iterable[RunRecord], methods: Sequence[str]) -> list[RunRecord]:
+    """The runs of some methods, so that one with few runs does not keep a comparison to what it has.
+
+    Raises:
+        ValueError: a method without runs.
+    """
+    runs = list(runs)
+    there = sorted({run.method for run in runs}, key=method_order)
+    for name in methods:
+        if name not in there:
+            raise ValueError(f"method={name!r} has no runs here{nearest(name, there)}: {', '.join(there)} have.")
+    return [run for run in runs if run.method in methods]
 
 
 def table(found: Comparison) -> Table:

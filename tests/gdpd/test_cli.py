@@ -304,11 +304,27 @@ def test_report_compares_methods_from_three_data_sets_on(tmp_path, capsys):
     assert r"\toprule" in tables
 
 
+def test_report_leaves_out_a_method_that_has_just_begun(tmp_path, capsys):
+    records = [
+        *make_records(("A", "B", "C"), (0.2,), ("base", "gdpd"), (1, 2)),
+        *make_records(("A",), (0.2,), ("gendd",), (1,)),
+    ]
+    runs = write_records(tmp_path / "runs", records)
+    asked = ["report", str(runs), "--output", str(tmp_path / "cells.csv")]
+    assert main(asked) == 0
+    assert "1 of 3 cells have all methods" in " ".join(capsys.readouterr().out.split())
+    assert main([*asked, "--method", "base", "--method", "gdpd"]) == 0
+    assert "3 of 3 cells have all methods" in " ".join(capsys.readouterr().out.split())
+    assert "gendd" not in (tmp_path / "cells.csv").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--runs", "--output", "cells.csv"], ["cells.csv", "--comparison"]),
         (["--reference", "base"], ["reference=base", "--comparison"]),
+        (["--method", "base"], ["method=base", "--comparison"]),
+        (["--comparison", "--method", "gppd"], ["method='gppd'", "did you mean 'gdpd'?", "base, gdpd have"]),
         (["--comparison", "--output", "report.pdf"], ["report.pdf", ".html, .tex, .csv"]),
     ],
 )
