@@ -31,7 +31,7 @@ from torch import Tensor
 
 from gdpd_kernels.backends import native_lstm, reference_lstm
 from gdpd_kernels.backends.reference_backend import without_autocast
-from gdpd_kernels.ops import _TAGS, LIBRARY, _differentiable_gradients, _dtype_of, _implement, is_plain
+from gdpd_kernels.ops import _TAGS, LIBRARY, _differentiable_gradients, _dtype_of, _implement, is_plain, plain_apply
 
 BACKENDS: dict[str, ModuleType] = {"native": native_lstm, "reference": reference_lstm}
 
@@ -144,9 +144,9 @@ class _Lstm(torch.autograd.Function):
     """Autograd of lstm over a flat list of tensors, as in `gdpd_kernels.ops`."""
 
     @staticmethod
-    def forward(ctx: Any, constants: tuple[Any, ...], *tensors: Tensor | None) -> Any:
+    def forward(ctx: Any, plain: bool, constants: tuple[Any, ...], *tensors: Any) -> Any:
         *inputs, params = (*tensors[:5], list(tensors[5:]))
-        if is_plain(tensors[0]):
+        if plain:
             output, h_n, c_n, saved = _lstm(*inputs, params, *constants)
         else:
             with torch._C._AutoDispatchBelowAutograd():
@@ -166,7 +166,7 @@ class _Lstm(torch.autograd.Function):
         batch_first, last, dropout, backend, compute_dtype, save = ctx.constants
         if not save:
             raise RuntimeError("save: the operator was called with save=False and cannot be differentiated")
-        needs = ctx.needs_input_grad[1:]
+        needs = ctx.needs_input_grad[2:]
         inputs = [x, h0, c0, *params]
         positions = [i for i, need in enumerate((*needs[:3], *needs[5:])) if need]
         given = [None if last else grads[0], *grads[1:3]]
@@ -190,7 +190,7 @@ class _Lstm(torch.autograd.Function):
         gradients: list[Tensor | None] = [None] * len(inputs)
         for i, grad in zip(positions, found, strict=True):
             gradients[i] = grad
-        return None, *gradients[:3], None, None, *gradients[3:]
+        return None, None, *gradients[:3], None, None, *gradients[3:]
 
 
 def _autograd_lstm(
@@ -201,12 +201,16 @@ def _autograd_lstm(
     seed: Tensor | None,
     params: list[Tensor],
     *constants: Any,
+    plain: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    output, h_n, c_n, *saved = _Lstm.apply(constants, x, h0, c0, lengths, seed, *params)
+    apply = _apply if plain else _Lstm.apply
+    output, h_n, c_n, *saved = apply(plain, constants, x, h0, c0, lengths, seed, *params)
     return output, h_n, c_n, saved
 
 
 LIBRARY.impl("lstm", _autograd_lstm, "Autograd")
+
+_apply = plain_apply(_Lstm)
 
 
 def lstm(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
@@ -214,4 +218,4 @@ def lstm(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     if not is_plain(arguments[0]):
         found: tuple[Tensor, Tensor, Tensor, list[Tensor]] = torch.ops.gdpd_kernels.lstm(*arguments)
         return found
-    return _autograd_lstm(*arguments) if torch.is_grad_enabled() else _lstm(*arguments)
+    return _autograd_lstm(*arguments, plain=True) if torch.is_grad_enabled() else _lstm(*arguments)

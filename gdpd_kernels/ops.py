@@ -27,7 +27,7 @@ keep the state's dtype.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -101,6 +101,18 @@ def transformed() -> bool:
     return not torch.compiler.is_compiling() and (
         torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
     )
+
+
+def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """What `function.apply` ends in, for plain calls (`is_plain`). On its way there it looks at every argument in
+    Python, for what transforms of functorch may have left behind; here that look is taken in C."""
+    enter = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    unwrap = torch._C._functorch.unwrap_if_dead
+
+    def apply(plain: bool, *arguments: Any) -> Any:
+        return enter(plain, *[unwrap(x) if isinstance(x, Tensor) else x for x in arguments])
+
+    return apply
 
 
 def _implement(name: str) -> Any:
@@ -218,9 +230,9 @@ class _Sample(torch.autograd.Function):
     flattens its lists of tensors anew in Python at every call, which takes longer than the sampler."""
 
     @staticmethod
-    def forward(ctx: Any, counts: tuple[int, int], constants: tuple[Any, ...], *tensors: Tensor | None) -> Any:
+    def forward(ctx: Any, plain: bool, counts: tuple[int, int], constants: tuple[Any, ...], *tensors: Any) -> Any:
         rows, tables, params = _split(tensors[4:], counts)
-        if is_plain(tensors[0]):
+        if plain:
             z_hat, stats, saved = _reverse_sample(*tensors[:4], rows, tables, params, *constants)
         else:
             with torch._C._AutoDispatchBelowAutograd():
@@ -236,7 +248,7 @@ class _Sample(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
         *tensors, stats, saved = ctx.saved_tensors
         z_short, alpha, noise, seed, *rest = tensors
-        needs = ctx.needs_input_grad[2:]
+        needs = ctx.needs_input_grad[3:]
         if needs[2]:
             raise RuntimeError("noise: no gradient is computed for it; pass noise.detach()")
         inputs = [z_short, alpha, *rest]
@@ -271,7 +283,7 @@ class _Sample(torch.autograd.Function):
         gradients: list[Tensor | None] = [None] * len(inputs)
         for i, g in zip(positions, found, strict=True):
             gradients[i] = g
-        return None, None, *gradients[:2], None, None, *gradients[2:]
+        return None, None, None, *gradients[:2], None, None, *gradients[2:]
 
 
 def _split(tensors: Sequence[Any], counts: tuple[int, int]) -> tuple[list[Any], list[Any], list[Any]]:
@@ -289,19 +301,23 @@ def _autograd_sample(
     tables: list[Tensor],
     params: list[Tensor],
     *constants: Any,
+    plain: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    counts = len(rows), len(tables)
-    return _Sample.apply(counts, constants, z_short, alpha, noise, seed, *rows, *tables, *params)
+    counts, apply = (len(rows), len(tables)), _apply_sample if plain else _Sample.apply
+    return apply(plain, counts, constants, z_short, alpha, noise, seed, *rows, *tables, *params)
 
 
 LIBRARY.impl("reverse_sample", _autograd_sample, "Autograd")
+
+
+_apply_sample = plain_apply(_Sample)
 
 
 def reverse_sample(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The operator, by the shortest way: ``torch.ops.gdpd_kernels.reverse_sample`` and this give the same."""
     if not is_plain(arguments[0]):
         return torch.ops.gdpd_kernels.reverse_sample(*arguments)
-    return _autograd_sample(*arguments) if torch.is_grad_enabled() else _reverse_sample(*arguments)
+    return _autograd_sample(*arguments, plain=True) if torch.is_grad_enabled() else _reverse_sample(*arguments)
 
 
 def _differentiable_gradients(output: Tensor, inputs: list[Tensor], grad: Tensor | None) -> list[Tensor]:
@@ -385,9 +401,9 @@ class _Loss(torch.autograd.Function):
     """Autograd of prior_loss over a flat list of tensors."""
 
     @staticmethod
-    def forward(ctx: Any, counts: tuple[int, int], constants: tuple[Any, ...], *tensors: Tensor | None) -> Any:
+    def forward(ctx: Any, plain: bool, counts: tuple[int, int], constants: tuple[Any, ...], *tensors: Any) -> Any:
         rows, tables, params = _split(tensors[5:], counts)
-        if is_plain(tensors[0]):
+        if plain:
             loss, stats, gradients = _prior_loss(*tensors[:5], rows, tables, params, *constants)
         else:
             with torch._C._AutoDispatchBelowAutograd():
@@ -433,7 +449,7 @@ class _Loss(torch.autograd.Function):
         gradients: list[Tensor | None] = [None] * len(inputs)
         for i, g in zip(wanted, found, strict=True):
             gradients[i] = g
-        return None, None, gradients[0], None, None, None, None, *gradients[1:]
+        return None, None, None, gradients[0], None, None, None, None, *gradients[1:]
 
 
 def _autograd_loss(
@@ -446,22 +462,25 @@ def _autograd_loss(
     tables: list[Tensor],
     params: list[Tensor],
     *constants: Any,
+    plain: bool = False,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    counts = len(rows), len(tables)
-    loss, stats, *gradients = _Loss.apply(
-        counts, constants, z_long, noise, seed, signal, sigma, *rows, *tables, *params
+    counts, apply = (len(rows), len(tables)), _apply_loss if plain else _Loss.apply
+    loss, stats, *gradients = apply(
+        plain, counts, constants, z_long, noise, seed, signal, sigma, *rows, *tables, *params
     )
     return loss, stats, gradients
 
 
 LIBRARY.impl("prior_loss", _autograd_loss, "Autograd")
 
+_apply_loss = plain_apply(_Loss)
+
 
 def prior_loss(*arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The operator, by the shortest way: ``torch.ops.gdpd_kernels.prior_loss`` and this give the same."""
     if not is_plain(arguments[0]):
         return torch.ops.gdpd_kernels.prior_loss(*arguments)
-    return _autograd_loss(*arguments) if torch.is_grad_enabled() else _prior_loss(*arguments)
+    return _autograd_loss(*arguments, plain=True) if torch.is_grad_enabled() else _prior_loss(*arguments)
 
 
 @_implement("update_running_stats_")

@@ -10,9 +10,10 @@ a training time step in ``0 .. num_train_timesteps - 1``, ``k`` an index into th
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -58,6 +59,8 @@ class DDIMTable:
     eta: float = 0.0
     alpha_bar: tuple[float, ...] = ()
     alpha_bar_prev: tuple[float, ...] = ()
+    _flat: tuple[float, ...] = field(init=False, repr=False, compare=False)
+    _stochastic: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         steps = len(self.timesteps)
@@ -70,6 +73,9 @@ class DDIMTable:
         for k, triple in enumerate(self.coefficients):
             if len(triple) != 3 or not all(math.isfinite(value) for value in triple):
                 raise ValueError(f"coefficients[{k}] is {triple}; expected three finite numbers (a, b, s)")
+        # Every call of the sampler asks for these two.
+        object.__setattr__(self, "_flat", tuple(itertools.chain.from_iterable(self.coefficients)))
+        object.__setattr__(self, "_stochastic", any(triple[2] != 0.0 for triple in self.coefficients))
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -77,12 +83,12 @@ class DDIMTable:
     @property
     def flat(self) -> tuple[float, ...]:
         """The 3 K coefficients in a row: ``(a_0, b_0, s_0, a_1, b_1, s_1, ...)``."""
-        return tuple(value for triple in self.coefficients for value in triple)
+        return self._flat
 
     @property
     def stochastic(self) -> bool:
         """Whether any step draws noise (some ``s_k`` is not zero)."""
-        return any(triple[2] != 0.0 for triple in self.coefficients)
+        return self._stochastic
 
 
 def make_betas(

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -52,8 +52,7 @@ class Capabilities:
     fuses_prior_gradient: bool = False
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What the choice of a backend depends on; the batch size is not part of it, so that shapes may stay dynamic."""
 
     program: DenoiserProgram

@@ -9,6 +9,7 @@ import ctypes
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from types import ModuleType
@@ -136,8 +137,10 @@ def _program(program: DenoiserProgram, isa: str) -> Any:
     return native.Program(code, numbers, isa)
 
 
-def _threads(program: DenoiserProgram, rows: int, steps: int) -> int:
-    return _team(_work(program) * rows * steps)
+@lru_cache(maxsize=256)
+def _saved_shape(program: DenoiserProgram, isa: str, f64: bool, save: int) -> tuple[int, int, int]:
+    shape: tuple[int, int, int] = _program(program, isa).saved_shape(f64, save)
+    return shape
 
 
 def _team(macs: int) -> int:
@@ -145,10 +148,39 @@ def _team(macs: int) -> int:
     return max(1, min(torch.get_num_threads(), 1 + macs // _MACS_PER_THREAD))
 
 
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """What all calls of a program on so many rows and steps have in common.
+
+    Args:
+        plan: the program, decoded.
+        shapes: of rows, tables and params, one after another.
+        counts: of rows and tables.
+        kept: numbers that forward keeps for backward.
+        macs: about how many multiply-adds a call is worth.
+    """
+
+    plan: Any
+    shapes: tuple[tuple[int, ...], ...]
+    counts: tuple[int, int]
+    kept: int
+    macs: int
+
+
 @lru_cache(maxsize=256)
-def _work(program: DenoiserProgram) -> int:
-    """About how many multiply-adds a step of one row is worth; what is not a product counts twenty per number."""
-    return program.macs + 20 * sum(program.widths.values())
+def _sizes(
+    program: DenoiserProgram, isa: str, batch: int, samples: int, steps: int, table_rows: int, f64: bool, save: int
+) -> _Sizes:
+    plan = _program(program, isa)
+    shapes = (
+        *((batch, width) for width in program.rows),
+        *((table_rows, width) for width in program.tables),
+        *program.params,
+    )
+    # What is not a product counts as twenty multiply-adds per number.
+    macs = (program.macs + 20 * sum(program.widths.values())) * samples * batch * steps
+    kept = saved_numel(_saved_shape(program, isa, f64, save), steps, samples * batch)
+    return _Sizes(plan, shapes, (len(program.rows), len(program.tables)), kept, macs)
 
 
 def _dense(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -161,40 +193,23 @@ def _dense(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
-def _dense_all(
-    name: str, tensors: Sequence[Tensor], shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype
-) -> tuple[list[int], Sequence[Tensor]]:
-    """Addresses of dense tensors, and the tensors, to be held for as long as the addresses are used."""
-    if len(tensors) != len(shapes):
-        raise ValueError(f"{name}: {len(tensors)} tensors; the program takes {len(shapes)}")
-    addresses: list[int] | None = _load().dense_addresses(tensors, shapes, dtype)  # type: ignore[union-attr]
-    if addresses is None:
-        tensors = [_dense(name, x, shape, dtype) for x, shape in zip(tensors, shapes, strict=True)]
-        addresses = [x.data_ptr() for x in tensors]
-    return addresses, tensors
-
-
 def _operands(
-    program: DenoiserProgram,
-    rows: Sequence[Tensor],
-    tables: Sequence[Tensor],
-    params: Sequence[Tensor],
-    batch: int,
-    steps: int,
-    dtype: torch.dtype,
-) -> tuple[list[list[int]], list[Sequence[Tensor]]]:
-    """`_dense_all` of the three lists that every operator takes."""
-    found = [
-        _dense_all("rows", rows, _outer_shapes(program.rows, batch), dtype),
-        _dense_all("tables", tables, _outer_shapes(program.tables, steps), dtype),
-        _dense_all("params", params, program.params, dtype),
-    ]
-    return [addresses for addresses, _ in found], [tensors for _, tensors in found]
-
-
-@lru_cache(maxsize=256)
-def _outer_shapes(widths: tuple[int, ...], rows: int) -> tuple[tuple[int, int], ...]:
-    return tuple((rows, width) for width in widths)
+    sizes: _Sizes, rows: Sequence[Tensor], tables: Sequence[Tensor], params: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[tuple[list[int], list[int], list[int]], list[Tensor]]:
+    """Addresses of rows, tables and params, and all of them dense, to be held for as long as the addresses are used."""
+    tensors = [*rows, *tables, *params]
+    ends = sizes.counts[0], sum(sizes.counts)
+    if (len(rows), len(tables)) != sizes.counts or len(tensors) != len(sizes.shapes):
+        takes = [*sizes.counts, len(sizes.shapes) - ends[1]]
+        raise ValueError(
+            f"{len(rows)} rows, {len(tables)} tables and {len(params)} params are given; the program takes {takes}"
+        )
+    addresses: list[int] | None = _load().dense_addresses(tensors, sizes.shapes, dtype)  # type: ignore[union-attr]
+    if addresses is None:
+        names = ["rows"] * ends[0] + ["tables"] * sizes.counts[1] + ["params"] * len(params)
+        tensors = [_dense(*given, dtype) for given in zip(names, tensors, sizes.shapes, strict=True)]
+        addresses = [x.data_ptr() for x in tensors]
+    return (addresses[: ends[0]], addresses[ends[0] : ends[1]], addresses[ends[1] :]), tensors
 
 
 def _mixing(alpha: Tensor | None, batch: int, features: int, dtype: torch.dtype) -> Tensor | None:
@@ -260,12 +275,8 @@ class NativeBackend:
         native = _load()
         return [native] if isinstance(native, str) else []
 
-    def _plan(self, program: DenoiserProgram) -> Any:
-        return _program(program, instruction_set())
-
     def saved_shape(self, program: DenoiserProgram, dtype: torch.dtype, save: int) -> tuple[int, int, int]:
-        shape: tuple[int, int, int] = self._plan(program).saved_shape(dtype == torch.float64, save)
-        return shape
+        return _saved_shape(program, instruction_set(), dtype == torch.float64, save)
 
     def reverse_sample(
         self,
@@ -284,18 +295,19 @@ class NativeBackend:
     ) -> tuple[Tensor, Tensor, Tensor]:
         batch, features = z_short.shape
         total, steps = num_samples * batch, len(coefficients) // 3
-        plan, dtype = self._plan(program), z_short.dtype
+        dtype = z_short.dtype
         f64 = dtype == torch.float64
+        sizes = _sizes(program, instruction_set(), batch, num_samples, steps, steps, f64, save)
         z_short = _dense("z_short", z_short, (batch, program.features), dtype)
         noise = None if noise is None else _dense("noise", noise, (num_samples, batch, features), dtype)
-        operands, (rows, tables, params) = _operands(program, rows, tables, params, batch, steps, dtype)
+        operands, _held = _operands(sizes, rows, tables, params, dtype)
         alpha = _mixing(alpha, batch, features, dtype)
         _check_seed(seed, draws=any(coefficients[2::3]) or (alpha is not None and noise is None))
         z_hat = z_short.new_empty(total, features)
         stats = z_short.new_empty(steps, program.stats_width)
-        saved = reused(saved_numel(plan.saved_shape(f64, save), steps, total), dtype)
+        saved = reused(sizes.kept, dtype)
         _load().forward(  # type: ignore[union-attr]
-            plan,
+            sizes.plan,
             f64,
             batch,
             num_samples,
@@ -308,7 +320,7 @@ class NativeBackend:
             *operands,
             compute_dtype == torch.bfloat16,
             save,
-            _threads(program, total, steps),
+            _team(sizes.macs),
             _address(z_hat),
             _address(stats),
             _address(saved),
@@ -336,29 +348,34 @@ class NativeBackend:
     ) -> list[Tensor]:
         batch, features = z_short.shape
         total, steps, dtype = num_samples * batch, len(coefficients) // 3, z_short.dtype
-        plan = self._plan(program)
+        f64 = dtype == torch.float64
+        sizes = _sizes(program, instruction_set(), batch, num_samples, steps, steps, f64, save)
         z_short = _dense("z_short", z_short, (batch, program.features), dtype)
         noise = None if noise is None else _dense("noise", noise, (num_samples, batch, features), dtype)
-        operands, (rows, tables, params) = _operands(program, rows, tables, params, batch, steps, dtype)
+        operands, held = _operands(sizes, rows, tables, params, dtype)
         alpha = _mixing(alpha, batch, features, dtype)
         grad = _dense("grad", grad, (total, features), dtype)
         stats = _dense("stats", stats, (steps, program.stats_width), dtype)
-        kept = saved_numel(plan.saved_shape(dtype == torch.float64, save), steps, total)
-        saved = _dense("saved", saved, (kept,), dtype)
-        ends = 2 + len(rows), 2 + len(rows) + len(tables)
-        inputs = [z_short, alpha, *rows, *tables, *params]
-        # Dense whatever the layout of the input, since the kernels write row after row.
-        gradients = [torch.empty_like(inputs[i], memory_format=torch.contiguous_format) for i in wanted]  # type: ignore[arg-type]
+        saved = _dense("saved", saved, (sizes.kept,), dtype)
+        inputs = [z_short, alpha, *held]
+        ends = 2 + sizes.counts[0], 2 + sum(sizes.counts)
+        # The kernels write row after row. All inputs lie so by now but alpha.
+        gradients = [
+            torch.empty_like(inputs[i]) if i != 1 else alpha.new_empty(alpha.shape)  # type: ignore[arg-type,union-attr]
+            for i in wanted
+        ]
         addresses = [0] * len(inputs)
+        for i, address in zip(wanted, map(Tensor.data_ptr, gradients), strict=True):
+            addresses[i] = address
         summed: dict[int, Tensor] = {}  # gradients that the kernels give per trajectory, and that are summed below
-        for at, (i, gradient) in enumerate(zip(wanted, gradients, strict=True)):
-            if i < ends[0] and gradient.shape[0] != total:
-                width = features if i == 0 else program.rows[i - 2] if i > 1 else gradient.shape[1]
-                summed[at] = gradient = z_short.new_empty(num_samples, batch, width)
-            addresses[i] = gradient.data_ptr()
+        for at, i in enumerate(wanted):
+            if i < ends[0] and gradients[at].shape[0] != total:
+                width = features if i == 0 else program.rows[i - 2] if i > 1 else gradients[at].shape[1]
+                summed[at] = z_short.new_empty(num_samples, batch, width)
+                addresses[i] = summed[at].data_ptr()
         _load().backward(  # type: ignore[union-attr]
-            plan,
-            dtype == torch.float64,
+            sizes.plan,
+            f64,
             batch,
             num_samples,
             coefficients,
@@ -370,7 +387,7 @@ class NativeBackend:
             *operands,
             compute_dtype == torch.bfloat16,
             save,
-            _threads(program, total, steps),
+            _team(sizes.macs),
             _address(stats),
             _address(saved),
             _address(grad),
@@ -400,21 +417,22 @@ class NativeBackend:
         wanted: Sequence[int],
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         batch, dtype = z_long.shape[0], z_long.dtype
+        sizes = _sizes(program, instruction_set(), batch, 1, 1, batch, dtype == torch.float64, 0)
         z_long = _dense("z_long", z_long, (batch, program.features), dtype)
         noise = None if noise is None else _dense("noise", noise, (batch, program.features), dtype)
         signal, sigma = _dense("signal", signal, (batch,), dtype), _dense("sigma", sigma, (batch,), dtype)
-        operands, (rows, tables, params) = _operands(program, rows, tables, params, batch, batch, dtype)
+        operands, held = _operands(sizes, rows, tables, params, dtype)
         _check_seed(seed, draws=noise is None)
-        inputs = [z_long, *rows, *tables, *params]
+        inputs = [z_long, *held]
         stats = z_long.new_empty(1, program.stats_width)
         gradients = [torch.empty_like(inputs[i]) for i in wanted]
         addresses = [0] * len(inputs)
-        for i, gradient in zip(wanted, gradients, strict=True):
-            addresses[i] = gradient.data_ptr()
-        ends = 1 + len(rows), 1 + len(rows) + len(tables)
+        for i, address in zip(wanted, map(Tensor.data_ptr, gradients), strict=True):
+            addresses[i] = address
+        ends = 1 + sizes.counts[0], 1 + sum(sizes.counts)
         value = _load().prior_loss(  # type: ignore[union-attr]
-            self._plan(program),
-            z_long.dtype == torch.float64,
+            sizes.plan,
+            dtype == torch.float64,
             batch,
             _address(z_long),
             _address(noise),
@@ -424,7 +442,7 @@ class NativeBackend:
             *operands,
             _PREDICTIONS[prediction],
             compute_dtype == torch.bfloat16,
-            _threads(program, batch, 1),
+            _team(sizes.macs),
             _address(stats),
             bool(wanted),
             addresses[0],
@@ -444,29 +462,25 @@ class NativeBackend:
         momenta: Sequence[float],
         rows: int,
     ) -> None:
-        kept = [
-            i
-            for i, layer in enumerate(zip(means, variances, counters, strict=True))
-            if any(x.shape != (0,) for x in layer)
-        ]
-        dtype = means[kept[0]].dtype if kept else torch.float32
-        shapes, scalars = tuple((widths[i],) for i in kept), ((),) * len(kept)
-        found = [
-            _load().dense_addresses([tensors[i] for i in kept], form, kind)  # type: ignore[union-attr]
-            for tensors, form, kind in (
-                (means, shapes, dtype),
-                (variances, shapes, dtype),
-                (counters, scalars, torch.int64),
-            )
-        ]
-        if dtype not in (torch.float32, torch.float64) or None in found:
+        kept: Sequence[int] = range(len(means))
+        if not all(map(Tensor.numel, means)):
+            layers = zip(means, variances, counters, strict=True)
+            kept = [i for i, layer in enumerate(layers) if any(x.shape != (0,) for x in layer)]
+            means, variances, counters = ([some[i] for i in kept] for some in (means, variances, counters))
+        dtype = means[0].dtype if kept else torch.float32
+        addresses = _load().dense_addresses  # type: ignore[union-attr]
+        shapes = tuple((widths[i],) for i in kept)
+        running = addresses([*means, *variances], shapes + shapes, dtype)
+        counts = addresses(counters, ((),) * len(kept), torch.int64)
+        if dtype not in (torch.float32, torch.float64) or running is None or counts is None:
             raise ValueError(
                 "running statistics: expected dense tensors of one dtype, float32 or float64, as wide as their "
                 "BatchNorm, and counters int64 [], on cpu; move the denoiser with .to(...)"
             )
-        if len(kept) < len(means):  # address 0: keeps none
+        found = [running[: len(kept)], running[len(kept) :], counts]
+        if len(kept) < len(widths):  # address 0: keeps none
             at = dict(zip(kept, range(len(kept)), strict=True))
-            found = [[some[at[i]] if i in at else 0 for i in range(len(means))] for some in found]
+            found = [[some[at[i]] if i in at else 0 for i in range(len(widths))] for some in found]
         stats = _dense("stats", stats, (len(stats), 2 * sum(widths)), stats.dtype)
         _load().update_running_stats(  # type: ignore[union-attr]
             dtype == torch.float64,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -28,6 +29,23 @@ def _sequence(tensor: Tensor | None, batch_first: bool) -> tuple[int, int, int]:
         return 0, 0, 0
     row, step = (0, 1) if batch_first else (1, 0)
     return tensor.data_ptr(), tensor.stride(row), tensor.stride(step)
+
+
+def _weights(
+    params: Sequence[Tensor], inputs: int, hidden: int, each: int, dtype: torch.dtype
+) -> tuple[list[int], Sequence[Tensor]]:
+    """Addresses of the dense weights, and the tensors, to be held for as long as the addresses are used."""
+    shapes = _shapes(inputs, hidden, each, len(params))
+    addresses: list[int] | None = _load().dense_addresses(params, shapes, dtype)  # type: ignore[union-attr]
+    if addresses is None:
+        params = [_dense(f"params[{i}]", param, shapes[i], dtype) for i, param in enumerate(params)]
+        addresses = [param.data_ptr() for param in params]
+    return addresses, params
+
+
+@lru_cache(maxsize=64)
+def _shapes(inputs: int, hidden: int, each: int, count: int) -> tuple[tuple[int, ...], ...]:
+    return tuple((4 * hidden,) if i % each > 1 else (4 * hidden, inputs if i == 0 else hidden) for i in range(count))
 
 
 class _Inputs:
@@ -58,11 +76,7 @@ class _Inputs:
         self.h0 = None if h0 is None else _dense("h0", h0, state, self.dtype)
         self.c0 = None if c0 is None else _dense("c0", c0, state, self.dtype)
         self.lengths = None if lengths is None else _dense("lengths", lengths, (self.batch,), torch.int64)
-        self.params = []
-        for i, param in enumerate(params):
-            width = (self.inputs if i < each else self.hidden) if i % each == 0 else self.hidden
-            shape = (4 * self.hidden, width) if i % each < 2 else (4 * self.hidden,)
-            self.params.append(_dense(f"params[{i}]", param, shape, self.dtype))
+        addresses, self.params = _weights(params, self.inputs, self.hidden, each, self.dtype)
         if dropout > 0 and seed is None:
             raise ValueError("seed: units are to be dropped, but no seed is given")
         self.x, self.each = x, each
@@ -75,7 +89,7 @@ class _Inputs:
             _address(self.lengths),
             _address(self.h0),
             _address(self.c0),
-            self.with_biases([param.data_ptr() for param in self.params]),
+            self.with_biases(addresses),
             dropout,
             _seed(seed if dropout > 0 else None),
             compute_dtype == torch.bfloat16,

@@ -278,3 +278,36 @@ def test_uninitialised_memory_is_never_read(backend: str, nan_in_new_memory: Non
     torch.use_deterministic_algorithms(False)
     for problem, result in zip(problems, found, strict=True):
         assert_identical(problem.run(backend), result)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_a_transform_left_behind_counts_as_the_tensor_it_wraps(backend: str) -> None:
+    """A tensor that got out of torch.func.grad is a wrapper around nothing any more; autograd wants what is in it."""
+    problem = sample_problem(mlp(3, 4), batch=2, steps=2)
+    left: list[Tensor] = []
+    torch.func.grad(lambda z: (left.append(z), z.sum())[1])(problem.z.detach())
+    assert ops.is_plain(left[0])
+    assert torch._C._functorch.is_dead_tensor_wrapper(left[0])
+    _, alpha, noise, seed, rows, tables, params, *constants = arguments(problem, backend)
+    found = []
+    for z in (problem.z.detach(), left[0]):
+        z_hat, *_ = ops.reverse_sample(z, alpha, noise, seed, rows, tables, params, *constants)
+        gradients = torch.autograd.grad(z_hat.sum(), params)
+        found.append({"z_hat": z_hat.detach(), **{f"p{i}": g for i, g in enumerate(gradients)}})
+    assert_identical(*found)
+
+
+@pytest.mark.skipif(bool(_MISSING), reason="; ".join(_MISSING))
+@pytest.mark.parametrize(("name", "fewer"), [("rows", [1, 0, 0]), ("tables", [0, 1, 0]), ("params", [0, 0, 1])])
+def test_lists_of_another_length_are_refused(name: str, fewer: list[int]) -> None:
+    problem = sample_problem(film(3), batch=3, steps=3)  # rows and tables of the same shapes
+    given = list(arguments(problem, "native"))
+    for at, less in zip((4, 5, 6), fewer, strict=True):
+        given[at] = given[at][less:]
+    told = ", ".join(f"{len(given[at])} {kind}" for at, kind in ((4, "rows"), (5, "tables")))
+    with pytest.raises(ValueError, match=f"{told} and {len(given[6])} params are given; the program takes"):
+        ops.reverse_sample(*given)
+    moved = list(arguments(problem, "native"))
+    moved[4], moved[5] = moved[4][1:], [moved[4][0], *moved[5]]  # as many in all
+    with pytest.raises(ValueError, match="are given; the program takes"):
+        ops.reverse_sample(*moved)

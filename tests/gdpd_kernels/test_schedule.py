@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -181,6 +182,15 @@ def test_table_is_hashable_picklable_and_flat() -> None:
     assert table.flat[3:6] == table.coefficients[1]
     assert table.stochastic
     assert not ddim_table().stochastic
+
+
+def test_what_is_worked_out_beforehand_follows_the_coefficients() -> None:
+    still = DDIMTable((3, 0), ((1.0, 0.5, 0.0), (0.9, 0.1, 0.0)))
+    drawn = replace(still, coefficients=((1.0, 0.5, 0.0), (0.8, 0.1, 0.2)))
+    assert (still.stochastic, drawn.stochastic) == (False, True)
+    assert drawn.flat == (1.0, 0.5, 0.0, 0.8, 0.1, 0.2)
+    assert replace(drawn, coefficients=still.coefficients) == still
+    assert "_flat" not in repr(still)
 
 
 def test_defaults_are_five_steps_of_a_thousand() -> None:
