@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from bench.gpu_inspect import SHARED_LIMIT, TARGETS, Static
 from gdpd.denoisers import AdaLNDenoiser
 from gdpd_kernels.backends.triton import tiling
 from gdpd_kernels.backends.triton.kernels import backward_source, forward_source
+from gdpd_kernels.backends.triton.launch import options
 from gdpd_kernels.backends.triton.module import Recipe, Source
 from gdpd_kernels.benchmark.rivals import MLPDenoiser, PaperDenoiser
 from gdpd_kernels.benchmark.tables import markdown
@@ -34,32 +36,22 @@ from gdpd_kernels.program import DenoiserProgram
 RECORDS = Path(__file__).with_name("gpu_static.json")
 TILES = Path(tiling.__file__).with_name("tiles.py")
 WIDTHS = (32, 64, 100, 128, 256, 512)
+SELECTED = (100, 512)  # widths at which every GPU, or every precision, stands
 PRECISIONS = ("tf32", "bf16", "fp16", "ieee")
 KERNELS = ("forward", "backward")
 BATCH, PAPER_BATCH = 1024, 64
+SPLIT_PROGRAM = "paper's network, training, a batch of 1024"
 # Of a width: what is captured, and in which mode.
 PROGRAMS: dict[str, Callable[[int], nn.Module]] = {
     "MLP": lambda n: MLPDenoiser(n, (n, n)),
     "MLP with hidden layers of 256": lambda n: MLPDenoiser(n, (256, 256)),
     "paper's network, evaluation": lambda n: PaperDenoiser(n).eval(),
     "paper's network, training": lambda n: PaperDenoiser(n).train(),
+    SPLIT_PROGRAM: lambda n: PaperDenoiser(n).train(),
     "AdaLN head": lambda n: _head(n),
 }
 _CONDITION = 32
-ONLY = {"MLP with hidden layers of 256": (100,)}  # the benchmarks' network; the others come in every width
-
-# Where registers do not suffice (docs/gpu.md, Known weaknesses); everything else has to do without spills and stack.
-WEAK: dict[str, Callable[[Cell], bool]] = {
-    "BatchNorm in training mode over one tile, from 64 columns on": lambda cell: (
-        cell.program == "paper's network, training" and cell.width >= 64
-    ),
-    "backward of the paper's network in evaluation mode": lambda cell: (
-        cell.program == "paper's network, evaluation" and cell.kernel == "backward"
-    ),
-    "exact float32 products in networks of 256 columns and more": lambda cell: (
-        cell.precision == "ieee" and (cell.width >= 256 or "256" in cell.program)
-    ),
-}
+ONLY = {"MLP with hidden layers of 256": (100,), SPLIT_PROGRAM: SELECTED}  # the others come in every width
 
 
 def _head(width: int) -> nn.Module:
@@ -87,15 +79,14 @@ class Cell:
 
 
 def grid() -> Iterator[Cell]:
-    """All of it: the usual precision before the others, what compiles in seconds before what takes a minute."""
-    for widest in (128, 512):
-        for precision in PRECISIONS:
-            for width in (n for n in WIDTHS if (n > 128) == (widest > 128)):
-                for target in TARGETS:
-                    for program in PROGRAMS:
-                        for kernel in KERNELS:
-                            if width in ONLY.get(program, WIDTHS):
-                                yield Cell(program, width, target, precision, kernel)
+    """A balanced choice: in tf32 every network in all its widths on sm_80 and sm_90; on the other GPUs, and in other
+    precisions on sm_80, at two widths. What is asked for most comes first."""
+    for precision, width in product(PRECISIONS, sorted(WIDTHS, key=(100, 512, 64, 32, 256, 128).index)):
+        for target, program in product(TARGETS, PROGRAMS):
+            always = precision == "tf32" and target in ("sm_80", "sm_90")
+            selected = width in SELECTED and (precision == "tf32" or target == "sm_80")
+            if width in ONLY.get(program, WIDTHS) and (always or selected):
+                yield from (Cell(program, width, target, precision, kernel) for kernel in KERNELS)
 
 
 @lru_cache(maxsize=64)
@@ -107,20 +98,20 @@ def program_of(name: str, width: int) -> DenoiserProgram:
         return gk.capture(PROGRAMS[name](width), cond_features=cond_features).program
 
 
-def source_of(cell: Cell) -> tuple[tiling.Tile, Source, bool]:
-    """The tile, the source and whether the plan is the fused one, as the backend would choose them."""
+def source_of(cell: Cell) -> tuple[tiling.Tile, Source, str]:
+    """The tile, the source and the plan, as the backend would choose them."""
     architecture = TARGETS[cell.target][0]
     program = program_of(cell.program, cell.width)
-    tile, fused = tiling.tile(program, cell.batch, cell.precision, architecture)
-    return tile, _source(program, tile.chunk, cell.precision, fused, cell.kernel), fused
+    tile, plan = tiling.tile(program, cell.batch, cell.precision, architecture)
+    return tile, _source(program, tile.chunk, cell.precision, plan, cell.kernel), plan
 
 
 @lru_cache(maxsize=512)
-def _source(program: DenoiserProgram, chunk: int, precision: str, fused: bool, kernel: str) -> Source:
+def _source(program: DenoiserProgram, chunk: int, precision: str, plan: str, kernel: str) -> Source:
     lists = (("t", program.tables), ("r", program.rows), ("p", program.params))
     names = frozenset(["z", "alpha", *(f"{letter}{i}" for letter, items in lists for i in range(len(items)))])
     wanted = names - {f"p{i}" for i in program.buffer_params} if kernel == "backward" else frozenset()
-    recipe = Recipe(program, chunk, precision, fused, alpha=True, drawn=True, save="values", wanted=wanted)
+    recipe = Recipe(program, chunk, precision, plan, alpha=True, drawn=True, save="values", wanted=wanted)
     return backward_source(recipe) if kernel == "backward" else forward_source(recipe)
 
 
@@ -132,7 +123,7 @@ def kernels_of(cell: Cell, source: Source) -> list[str]:
 def digest(cell: Cell) -> str:
     """Of everything that a kernel's machine code follows from, Triton's version aside."""
     tile, source, _ = source_of(cell)
-    made = f"{source.text}\n{_device_functions()}\n{tile}\n{cell.target}"
+    made = f"{source.text}\n{_device_functions()}\n{tile}\n{options(TARGETS[cell.target][0])}\n{cell.target}"
     return hashlib.sha256(made.encode()).hexdigest()[:16]
 
 
@@ -168,11 +159,11 @@ def write_records(records: Mapping[str, Mapping[str, Any]], path: Path = RECORDS
 
 def record(cell: Cell, found: list[Static], triton: str) -> dict[str, Any]:
     """What is kept of a cell: of registers, stack and shared memory the largest of its kernels, of counts the sums."""
-    tile, _, fused = source_of(cell)
+    tile, _, plan = source_of(cell)
     largest = {name: max(getattr(s, name) for s in found) for name in ("registers", "stack", "shared")}
     summed = {name: sum(getattr(s, name) for s in found) for name in ("spills", "matrix", "instructions")}
-    plan = {"kernels": len(found), "fused": fused, "tile": asdict(tile)}
-    return {"digest": digest(cell), "triton": triton} | plan | largest | summed
+    chosen = {"kernels": len(found), "plan": plan, "tile": asdict(tile)}
+    return {"digest": digest(cell), "triton": triton} | chosen | largest | summed
 
 
 def current(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
@@ -181,7 +172,33 @@ def current(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, 
     return {key: x for key, x in records.items() if key in cells and x["digest"] == digest(cells[key])}
 
 
-# --- the page ---------------------------------------------------------------------------------------------------------
+# --- the page: tiles --------------------------------------------------------------------------------------------------
+
+
+def tiles_page() -> str:
+    """The table of plans and tiles, as the backend chooses them for the networks of the grid."""
+    rows = [("network", "batch", "width", "GPU", "plan", "rows × columns of a block", "warps")]
+    for name in (name for name in PROGRAMS if name not in ONLY):
+        for batch in (PAPER_BATCH, PAPER_BATCH + 1, 8192) if "training" in name else (BATCH, 8192):
+            for gpu, architecture in (("NVIDIA", "cuda"), ("AMD", "hip")):
+                chosen: dict[tuple[str, str, str], list[int]] = {}
+                for width in WIDTHS:
+                    tile, plan = tiling.tile(program_of(name, width), batch, "tf32", architecture)
+                    chosen.setdefault((plan, f"{tile.rows} × {tile.chunk}", str(tile.warps)), []).append(width)
+                for what, widths in chosen.items():
+                    rows.append((name, str(batch), ", ".join(map(str, widths)), gpu, *what))
+    return markdown(_joined(rows))
+
+
+def _joined(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Rows that differ in the GPU alone, as one."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for row in rows[1:]:
+        found.setdefault((*row[:3], *row[4:]), []).append(row[3])
+    return [rows[0], *((*row[:3], ", ".join(gpus), *row[3:]) for row, gpus in found.items())]
+
+
+# --- the page: figures ------------------------------------------------------------------------------------------------
 
 
 def page(records: Mapping[str, Mapping[str, Any]]) -> str:
@@ -203,7 +220,7 @@ def page(records: Mapping[str, Mapping[str, Any]]) -> str:
         if rows:
             limit = SHARED_LIMIT[target] // 1024
             parts.append(f"**{target}**, which has {limit} KiB of shared memory per program:")
-            parts.append(markdown([("network", "width", "tile", "kernel", *PRECISIONS), *rows]))
+            parts.append(markdown([("network", "width", "plan and tile", "kernel", *PRECISIONS), *rows]))
     return "\n\n".join(parts)
 
 
@@ -214,7 +231,7 @@ def _rows(target: str, records: Mapping[str, Mapping[str, Any]]) -> Iterator[tup
                 cells = [Cell(program, width, target, precision, kernel) for precision in PRECISIONS]
                 if found := [records[cell.key] for cell in cells if cell.key in records]:
                     t = found[0]["tile"]
-                    tile = f"{t['rows']} × {t['chunk']}, {t['warps']} warps"
+                    tile = f"{found[0]['plan']}, {t['rows']} × {t['chunk']}, {t['warps']} warps"
                     many = f" ({found[0]['kernels']})" if found[0]["kernels"] > 1 else ""
                     yield program, str(width), tile, kernel + many, *(_told(records.get(cell.key)) for cell in cells)
 

@@ -46,7 +46,8 @@ def inspect(source: Source, kernel: str, target: str, tile: tiling.Tile) -> Stat
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from gdpd_kernels.backends.triton.launch import OPTIONS, module
+    from gdpd_kernels.backends.triton.launch import module
+    from gdpd_kernels.backends.triton.launch import options as usual_options
 
     names = source.arguments[kernel]
     signature = {n: "i32" if n in _INTEGERS else "*i64" if n == "seed" else "*fp32" for n in names}
@@ -54,7 +55,7 @@ def inspect(source: Source, kernel: str, target: str, tile: tiling.Tile) -> Stat
     made = ASTSource(
         module(source.text)[kernel], {**signature, "BLOCK": "constexpr"}, {(len(names),): tile.rows}, aligned
     )  # fmt: skip
-    options = {"num_warps": tile.warps, **OPTIONS}
+    options = {"num_warps": tile.warps, **usual_options(TARGETS[target][0])}
     compiled: Any = build(made, target=GPUTarget(*TARGETS[target]), options=options)
     shared = int(compiled.metadata.shared)
     if "cubin" not in compiled.asm:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gdpd_kernels.backends.triton import tiling
 from gdpd_kernels.backends.triton.kernels import backward_source, forward_source
-from gdpd_kernels.backends.triton.module import Recipe
+from gdpd_kernels.backends.triton.module import SPLIT, Recipe
 from gdpd_kernels.benchmark import cases
 from gdpd_kernels.benchmark.cases import Case
 from gdpd_kernels.benchmark.tables import Rows, markdown
@@ -66,22 +66,22 @@ def eager_launches(case: Case, how: str = "eager") -> int:
 def recipes(case: Case, precision: str = "tf32") -> tuple[Recipe, Recipe | None]:
     """Those of forward and backward, as the backend would choose them."""
     program = case.program
-    tile, fused = tiling.tile(program, case.batch, precision, "cuda")
+    tile, plan = tiling.tile(program, case.batch, precision, "cuda")
     lists = (("t", program.tables), ("p", program.params)) if case.mode == "trainable" else ()
     names = {"z", "alpha", *(f"{letter}{i}" for letter, items in lists for i in range(len(items)))}
     wanted = frozenset(names - {f"p{i}" for i in program.buffer_params})
     save = {"forward": "", "frozen": "inputs", "trainable": "values"}[case.mode]
-    forward = Recipe(program, tile.chunk, precision, fused, alpha=True, save=save)
+    forward = Recipe(program, tile.chunk, precision, plan, alpha=True, save=save)
     if case.mode == "forward":
         return forward, None
-    return forward, Recipe(program, tile.chunk, precision, fused, alpha=True, save=save, wanted=wanted)
+    return forward, Recipe(program, tile.chunk, precision, plan, alpha=True, save=save, wanted=wanted)
 
 
 def our_launches(case: Case) -> int:
     """Kernels of one call: in the split plan those between BatchNorms run once per step."""
     forward, backward = recipes(case)
     names = [*forward_source(forward).arguments, *(backward_source(backward).arguments if backward else ())]
-    per_step = [name for name in names if not forward.fused and name.rpartition("_")[2].isdigit()]
+    per_step = [name for name in names if forward.plan == SPLIT and name.rpartition("_")[2].isdigit()]
     return len(names) - len(per_step) + case.steps * len(per_step)
 
 

@@ -1,8 +1,8 @@
 """What the compiler says of the Triton kernels, with no GPU: `nice -n 19 python -m bench.gpu_static --write`.
 
 Compiles the grid of `bench.gpu_grid` ahead of time, as far as sources have changed since it was last compiled, and
-keeps a record of every kernel at once: a run that is stopped goes on where it was. The whole grid takes hours of
-processor time. ``--write`` puts the tables into docs/gpu.md, also of a grid that is not complete.
+keeps a record of every kernel at once: a run that is stopped goes on where it was. The whole grid takes about half
+an hour of processor time. ``--write`` puts the tables into docs/gpu.md, also of a grid that is not complete.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.write:
         write_between_markers(PAGE, "static", gpu_grid.page(records))
         write_between_markers(PAGE, "roofline", gpu_roofline.page())
+        write_between_markers(PAGE, "tiles", gpu_grid.tiles_page())
         print(f"wrote {PAGE.name}: {len(records)} kernels")
     return 1 if failed else 0
 

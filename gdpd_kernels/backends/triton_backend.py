@@ -24,7 +24,7 @@ from gdpd_kernels.backends.triton.call import (
     split_sample_backward,
 )
 from gdpd_kernels.backends.triton.kernels import backward_source, forward_source, prior_source
-from gdpd_kernels.backends.triton.module import Recipe
+from gdpd_kernels.backends.triton.module import MEMORY, REGISTERS, SPLIT, Recipe
 from gdpd_kernels.backends.triton.tensors import alpha_strides, check_alpha, check_seed, dense, dense_all
 from gdpd_kernels.program import KINDS, DenoiserProgram
 
@@ -110,10 +110,12 @@ class TritonBackend:
 
         def run() -> None:
             call.pack(source, recipe, z_short)
-            if call.fused:
-                call.launch(source, "forward")
-            else:
+            if call.plan == SPLIT:
                 split_sample(call, source, recipe, z_hat, saved)
+            else:
+                programs = min(call.tiles, tiling.MAX_FORWARD_PROGRAMS) if call.plan == MEMORY else call.tiles
+                call.room(source, z_short, programs)
+                call.launch(source, "forward", programs)
 
         with on_device(z_short):
             call.arguments["coefficients"] = on_device_coefficients(coefficients, z_short.device)
@@ -177,13 +179,14 @@ class TritonBackend:
             call.arguments[f"grad_{name}"] = made[name]
         for name in ("z", "alpha"):
             call.arguments.setdefault(f"grad_{name}", None)
-        programs = min(call.tiles, tiling.MAX_SHARES)
+        programs = call.programs
         tables_width = sum(w for i, w in enumerate(program.tables) if f"t{i}" in asked)
         with on_device(z_short):
             call.shares(source, grad, programs, tables_width)
             call.pack(source, recipe, z_short)
             call.arguments["coefficients"] = on_device_coefficients(coefficients, device)
-            if not call.fused:
+            call.room(source, grad, programs)
+            if call.plan == SPLIT:
                 split_sample_backward(call, source, recipe, programs, saved)
             else:
                 if recipe.save == "states":
@@ -236,11 +239,12 @@ class TritonBackend:
             "z_long": z_long, "noise": noise, "seed": seed, "signal": signal, "sigma": sigma, "stats": stats,
             "loss": loss,
         }  # fmt: skip
-        programs = min(call.tiles, tiling.MAX_SHARES) if call.fused else call.tiles
+        programs = call.tiles if call.plan == SPLIT else call.programs
         with on_device(z_long):
             call.shares(source, z_long, programs, 0)
             call.pack(source, recipe, z_long)
-            if call.fused:
+            if call.plan != SPLIT:
+                call.room(source, z_long, programs)
                 width = recipe.kept.width if asked else 0
                 call.arguments["kept"] = z_long.new_empty(programs * call.tile.rows, width)
                 call.launch(source, "prior", programs)
@@ -282,7 +286,7 @@ def _names(program: DenoiserProgram) -> list[str]:
 def _saved_width(program: DenoiserProgram, save: str) -> int:
     if save == "states":
         return program.features
-    return Recipe(program, 64, "ieee", True, save=save).kept.width if save else 0
+    return Recipe(program, 64, "ieee", REGISTERS, save=save).kept.width if save else 0
 
 
 def _summed(gradient: Tensor, shape: torch.Size, samples: int) -> Tensor:

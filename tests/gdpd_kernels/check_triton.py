@@ -25,6 +25,7 @@ from accuracy import assert_as_accurate, assert_identical
 from gdpd_kernels import philox_normal, philox_words
 from gdpd_kernels.backends import load
 from gdpd_kernels.backends.triton import tiles, tiling
+from gdpd_kernels.backends.triton.module import MEMORY, REGISTERS, SPLIT
 from gdpd_kernels.ops import SAVE_NOTHING, SAVE_STATES, SAVE_VALUES, SAVE_VALUES_FOR_INPUTS
 from guarded import run_between_guards
 from problem import Problem, prior_problem, problems, sample_problem
@@ -49,15 +50,17 @@ from programs import (
 FLOAT32 = torch.float32
 
 
-def tiled(rows: int = 16, chunk: int = 64, fused: bool | None = None) -> Any:
-    """Another tile than sizes would choose; `fused` is for programs with BatchNorms."""
+def tiled(rows: int = 16, chunk: int = 64, plan: str = "") -> Any:
+    """Another tile or plan than sizes would choose, where a program with BatchNorms can have it."""
     usual = tiling.tile
 
-    def chosen(program: Any, total: int, precision: str, architecture: str) -> tuple[tiling.Tile, bool]:
-        tile, plan = usual(program, total, precision, architecture)
-        if not program.batch_norms or fused is False:
-            return tiling.Tile(rows, 4, chunk), not program.batch_norms
-        return tiling.Tile(tile.rows, 4, chunk), plan
+    def chosen(program: Any, total: int, precision: str, architecture: str) -> tuple[tiling.Tile, str]:
+        tile, found = usual(program, total, precision, architecture)
+        if not program.batch_norms:
+            return tiling.Tile(rows, 4, chunk), REGISTERS if plan == SPLIT else plan or found
+        if plan == SPLIT:
+            return tiling.Tile(rows, 4, chunk), SPLIT
+        return tiling.Tile(tile.rows, 4, chunk), found
 
     return mock.patch.object(tiling, "tile", chosen)
 
@@ -132,15 +135,29 @@ def several_pieces() -> None:
 
 
 def programs_with_several_tiles() -> None:
-    with mock.patch.object(tiling, "MAX_SHARES", 2), tiled():
-        for program in (gendd_head(9, 17), wired("one weight twice")):
-            for save in (SAVE_VALUES, SAVE_STATES):
-                assert_held_to_reference(sample_problem(program, batch=50, steps=2, alpha="full"), save)
-            assert_held_to_reference(prior_problem(program, batch=50, prediction="v"))
+    for plan in (REGISTERS, MEMORY):
+        most = {"MAX_PROGRAMS": 2, "MAX_FORWARD_PROGRAMS": 2}
+        with mock.patch.multiple(tiling, **most), tiled(plan=plan):
+            for program in (gendd_head(9, 17), wired("one weight twice")):
+                for save in (SAVE_VALUES, SAVE_STATES):
+                    assert_held_to_reference(sample_problem(program, batch=50, steps=2, alpha="full"), save)
+                assert_held_to_reference(prior_problem(program, batch=50, prediction="v"))
+
+
+def values_in_memory() -> None:
+    usual = [every_operation(33), gendd_head(18, 17), normed(18), normed(33, "rms_norm"), film(18), mlp(70)]
+    for chunk, programs in ((32, usual), (16, [*map(wired, WIRED), *map(random_program, range(4))])):
+        with tiled(plan=MEMORY, chunk=chunk):
+            for number, program in enumerate(programs):
+                problem = sample_problem(program, batch=18, steps=2, alpha="full", noise=False, eta=0.5)
+                assert_held_to_reference(problem, (SAVE_VALUES, SAVE_STATES)[number % 2])
+    with tiled(plan=MEMORY, chunk=16):
+        for number, program in enumerate(usual):
+            assert_held_to_reference(prior_problem(program, batch=9, prediction=("eps", "x0", "v")[number % 3]))
 
 
 def split_plan() -> None:
-    with tiled(fused=False), mock.patch.object(tiling, "MAX_SHARES", 2):
+    with tiled(plan=SPLIT), mock.patch.object(tiling, "MAX_PROGRAMS", 2):
         for program in (bottleneck(9, blocks=1), film(18)):
             for save in (SAVE_VALUES, SAVE_STATES):
                 problem = sample_problem(program, batch=20, steps=2, alpha="full", noise=False, eta=0.5, samples=2)
@@ -154,10 +171,10 @@ def split_plan() -> None:
 
 def the_split_plan_is_taken_beyond_the_limit() -> None:
     program = bottleneck(100)
-    limit = tiling.FUSED_BATCH_NUMBERS // 128
-    assert tiling.tile(program, limit, "tf32", "cuda")[1] is True
-    assert tiling.tile(program, limit + 1, "tf32", "cuda")[1] is False
-    assert tiling.tile(mlp(100), 10**6, "tf32", "cuda")[1] is True
+    limit = tiling.FUSED_BATCH_ROWS
+    assert tiling.tile(program, limit, "tf32", "cuda")[1] == MEMORY
+    assert tiling.tile(program, limit + 1, "tf32", "cuda")[1] == SPLIT
+    assert tiling.tile(mlp(100), 10**6, "tf32", "cuda")[1] == REGISTERS
 
 
 def rounded_products() -> None:
@@ -200,7 +217,7 @@ def memory() -> None:
             found = run_between_guards(problem, save, FLOAT32, "triton")
             expected = problem.run("triton")
             assert_identical(found, {key: expected[key] for key in found})
-    with tiled(fused=False):
+    with tiled(plan=SPLIT):
         for problem in (sample_problem(film(5), batch=20, alpha="full"), prior_problem(film(5), batch=20)):
             problem = problem.to(FLOAT32)
             found, expected = run_between_guards(problem, SAVE_STATES, FLOAT32, "triton"), problem.run("triton")
@@ -304,6 +321,7 @@ CHECKS: tuple[Callable[[], None], ...] = (
     random_programs,
     several_pieces,
     programs_with_several_tiles,
+    values_in_memory,
     split_plan,
     the_split_plan_is_taken_beyond_the_limit,
     rounded_products,

@@ -22,8 +22,9 @@ from gdpd_kernels.backends import Request, load, reasons, resolve, triton_backen
 from gdpd_kernels.backends import _warn_once as warn_once
 from gdpd_kernels.backends.triton import autotune, call, tiling
 from gdpd_kernels.backends.triton.kernels import backward_source, forward_source
-from gdpd_kernels.backends.triton.module import Recipe, Source
+from gdpd_kernels.backends.triton.module import MEMORY, REGISTERS, SPLIT, Recipe, Source
 from gdpd_kernels.ops import SAVE_STATES
+from gdpd_kernels.program import DenoiserProgram
 from problem import prior_problem, sample_problem
 from programs import Builder, bottleneck, mlp
 
@@ -193,7 +194,7 @@ def test_every_launch_is_under_the_guard_of_its_device(launched: list[tuple[str,
 def test_a_batch_beyond_the_tile_is_told_once_with_its_limit(launched: list[tuple[str, tuple[int, ...]]]) -> None:
     call._tell_of_split.cache_clear()
     problem = sample_problem(bottleneck(100), batch=65, steps=2).to(torch.float32)
-    with pytest.warns(call.SplitPlan, match="more than 64 rows at width 100, the limit of one tile"):
+    with pytest.warns(call.SplitPlan, match="more than 64 rows, the limit of one tile"):
         problem.run("triton")
     assert [name for name, _ in launched].count("forward_0") == 2
     with warnings.catch_warnings():
@@ -202,9 +203,34 @@ def test_a_batch_beyond_the_tile_is_told_once_with_its_limit(launched: list[tupl
         sample_problem(bottleneck(100), batch=64, steps=2).to(torch.float32).run("triton")
 
 
-def test_the_largest_fused_batch() -> None:
-    found = {width: tiling.largest_fused_batch(width) for width in (16, 64, 65, 100, 512)}
-    assert found == {16: 512, 64: 128, 65: 64, 100: 64, 512: 16}
+@pytest.mark.parametrize(
+    ("program", "total", "architecture", "expected"),
+    [
+        (mlp(64, 64), 1024, "cuda", (REGISTERS, 16, 4, 64)),
+        (mlp(64, 64), 8192, "cuda", (REGISTERS, 32, 8, 64)),
+        (mlp(512, 512), 1024, "cuda", (MEMORY, 16, 4, 32)),
+        (mlp(512, 512), 8192, "hip", (MEMORY, 32, 4, 32)),
+        (bottleneck(512), 3, "cuda", (MEMORY, 16, 4, 32)),
+        (bottleneck(512), 64, "cuda", (MEMORY, 64, 8, 32)),
+        (bottleneck(32), 64, "hip", (MEMORY, 64, 4, 32)),
+        (bottleneck(32), 65, "cuda", (SPLIT, 16, 4, 64)),
+        (bottleneck(512), 10**6, "cuda", (SPLIT, 16, 8, 64)),
+    ],
+)
+def test_sizes_choose_plan_and_tile(
+    program: DenoiserProgram, total: int, architecture: str, expected: tuple[str, int, int, int]
+) -> None:
+    tile, plan = tiling.tile(program, total, "tf32", architecture)
+    assert (plan, tile.rows, tile.warps, tile.chunk) == expected
+
+
+def test_values_lie_in_memory_beyond_the_budget() -> None:
+    # 64 registers of 256 threads hold 1024 numbers of each of 16 rows: two values of 512.
+    for values, plan in ((2, REGISTERS), (3, MEMORY)):
+        b, x = Builder(512), "z"
+        for _ in range(values - 1):
+            x = b.activation("relu", x)
+        assert tiling.tile(b.done(x), 1, "tf32", "cuda")[1] == plan
 
 
 def test_a_tile_is_measured_once_and_kept_in_a_file(
@@ -287,7 +313,7 @@ def test_a_kernel_gets_its_arguments_by_name_and_the_tile(monkeypatch: pytest.Mo
     launching.launch(source, "k", (3,), {"total": 5, "z": None, "more": 1}, 16, 4)
     assert got["grid"] == (3,)
     assert got["args"] == (None, 5)
-    assert got["options"] == {"BLOCK": 16, "num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+    assert got["options"] == {"BLOCK": 16, "num_warps": 4, "num_stages": 1, "enable_fp_fusion": True, "maxnreg": 255}
 
 
 def test_torch_compile_sees_shapes_and_device_without_a_gpu() -> None:
@@ -310,7 +336,7 @@ def test_torch_compile_sees_shapes_and_device_without_a_gpu() -> None:
 
 
 def test_what_nobody_asks_for_is_not_in_the_source() -> None:
-    recipe = Recipe(mlp(8), 64, "ieee", True, alpha=True, save="inputs", wanted=frozenset({"z"}))
+    recipe = Recipe(mlp(8), 64, "ieee", REGISTERS, alpha=True, save="inputs", wanted=frozenset({"z"}))
     source = backward_source(recipe)
     assert "linear_weight_grad" not in source.text
     assert "grad_alpha," not in source.text.partition("def backward")[2].partition("):")[2]
@@ -319,10 +345,11 @@ def test_what_nobody_asks_for_is_not_in_the_source() -> None:
 
 
 def test_launches_of_the_fused_and_the_split_plan() -> None:
-    fused = Recipe(bottleneck(32), 64, "tf32", True, save="states", wanted=frozenset({"z", "p0"}))
-    assert list(forward_source(fused).arguments) == ["pack", "forward"]
-    assert list(backward_source(fused).arguments) == ["pack", "backward", "reduce"]
-    split = Recipe(bottleneck(32), 64, "tf32", False, save="states", wanted=frozenset({"z", "p0"}))
+    for plan, program in ((MEMORY, bottleneck(32)), (REGISTERS, mlp(32)), (MEMORY, mlp(32))):
+        fused = Recipe(program, 64, "tf32", plan, save="states", wanted=frozenset({"z", "p0"}))
+        assert list(forward_source(fused).arguments) == ["pack", "forward"]
+        assert list(backward_source(fused).arguments) == ["pack", "backward", "reduce"]
+    split = Recipe(bottleneck(32), 64, "tf32", SPLIT, save="states", wanted=frozenset({"z", "p0"}))
     assert list(forward_source(split).arguments) == ["pack", "start", *(f"forward_{s}" for s in range(8))]
     stretches = [f"backward_{s}" for s in reversed(range(8))]
     assert list(backward_source(split).arguments) == ["pack", "recompute", *stretches, "finish", "reduce"]

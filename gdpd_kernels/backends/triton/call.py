@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gdpd_kernels.backends.triton import autotune, tiling
-from gdpd_kernels.backends.triton.module import Recipe, Source
+from gdpd_kernels.backends.triton.module import SPLIT, Recipe, Source
 from gdpd_kernels.program import DenoiserProgram
 
 _FLOAT32 = torch.float32
@@ -22,11 +22,6 @@ _REDUCTION_BLOCK = 1024
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET", "") == "1"
-
-
-def architecture() -> str:
-    """Of the GPUs that torch was built for, as `tiling.tile` names it."""
-    return "hip" if torch.version.hip is not None else "cuda"
 
 
 def _precision(compute_dtype: torch.dtype) -> str:
@@ -54,10 +49,9 @@ class SplitPlan(UserWarning):
 
 
 @cache
-def _tell_of_split(widest: int) -> None:
-    limit = tiling.largest_fused_batch(widest)
+def _tell_of_split() -> None:
     warnings.warn(
-        f"BatchNorm in training mode over more than {limit} rows at width {widest}, the limit of one tile: the plan is "
+        f"BatchNorm in training mode over more than {tiling.FUSED_BATCH_ROWS} rows, the limit of one tile: the plan is "
         "one launch per step and stretch between BatchNorms (docs/gpu.md, Plans); results are the same",
         SplitPlan,
         stacklevel=2,
@@ -78,13 +72,13 @@ class Call:
     ) -> None:
         self.precision = _precision(compute_dtype)
         self.program, self.total, self.steps = program, total, steps
-        self.tile, self.fused = tiling.tile(program, total, self.precision, architecture())
+        self.tile, self.plan = tiling.tile(program, total, self.precision, tiling.architecture())
         self._choice = ""  # the key of a measured choice, where tiles are chosen by measurement
         if autotune.enabled() and device.type == "cuda" and not program.batch_norms:
             self._choice = autotune.key(program, total, self.precision, torch.cuda.get_device_name(device))
             self.tile = autotune.known(self._choice) or self.tile
-        if program.batch_norms and not self.fused:
-            _tell_of_split(max(program.widths.values()))
+        if self.plan == SPLIT:
+            _tell_of_split()
         self.arguments: dict[str, Any] = {
             "total": total, "batch": batch, "steps": steps, "tiles": self.tiles, "k": 0,
         }  # fmt: skip
@@ -108,11 +102,20 @@ class Call:
             use(tile)
             return float(do_bench(run, warmup=5, rep=20)) * 1e-3
 
-        among = autotune.candidates(self.program, self.total, self.precision, architecture())
+        among = autotune.candidates(self.program, self.total, self.precision, tiling.architecture())
         use(autotune.choose(self._choice, among, seconds))
 
     def recipe(self, **more: Any) -> Recipe:
-        return Recipe(self.program, self.tile.chunk, self.precision, self.fused, **more)
+        return Recipe(self.program, self.tile.chunk, self.precision, self.plan, **more)
+
+    @property
+    def programs(self) -> int:
+        """How many programs of the grid take the tiles of backward."""
+        return min(self.tiles, tiling.MAX_PROGRAMS)
+
+    def room(self, source: Source, like: Tensor, programs: int) -> None:
+        """Memory for the values of so many programs."""
+        self.arguments["rooms"] = like.new_empty(programs * self.tile.rows * source.room)
 
     def operands(self, rows: Sequence[Tensor], tables: Sequence[Tensor], params: Sequence[Tensor]) -> None:
         for letter, tensors in (("r", rows), ("t", tables), ("p", params)):
@@ -133,11 +136,10 @@ class Call:
         """Lay the weights out in padded blocks."""
         from gdpd_kernels.backends.triton.launch import launch
 
-        self.arguments["packed"] = like.new_empty(recipe.layout.packed_size)
-        if self.fused and self.program.batch_norms:
-            self.arguments["parked"] = like.new_empty(self.tile.rows, recipe.layout.distant.width)
+        self.arguments["packed"] = like.new_empty(sum(field.size for field in recipe.layout.fields))
         if "pack" in source.arguments:
-            launch(source, "pack", (len(recipe.layout.packed),), self.arguments, self.tile.rows, self.tile.warps)
+            blocks = sum(field.blocks for field in recipe.layout.fields)
+            launch(source, "pack", (blocks,), self.arguments, self.tile.rows, self.tile.warps)
 
     def reduce(self, source: Source) -> None:
         """Add up the programs' shares."""

@@ -1,7 +1,8 @@
-"""The kernels of a call, as source: the fused plan, and the plan of several launches for a batch beyond one tile.
+"""The kernels of a call, as source, by its plan.
 
-*Fused*: one launch forward, one backward. A program of the grid takes a tile of rows through all steps. Where the
-denoiser has BatchNorms in training mode the tile has to be the whole batch.
+*Registers* (here) and *memory* (``streamed``): one launch forward, one backward. A program of the grid takes a tile of
+rows through all steps, its values in registers or in memory. Where the denoiser has BatchNorms in training mode the
+tile is the whole batch, and the plan that of memory.
 
 *Split* (``split``): BatchNorm in training mode over larger batches, a launch per stretch between BatchNorms.
 
@@ -13,10 +14,10 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from gdpd_kernels.backends.triton import split
+from gdpd_kernels.backends.triton import split, streamed
 from gdpd_kernels.backends.triton.layout import Rows, needed
-from gdpd_kernels.backends.triton.module import PRIOR_START, SAMPLER_START, Module, Recipe, Source
-from gdpd_kernels.backends.triton.walk import KNOWN, TILE, Text, Walk
+from gdpd_kernels.backends.triton.module import MEMORY, PRIOR_START, REGISTERS, SAMPLER_START, Module, Recipe, Source
+from gdpd_kernels.backends.triton.walk import KNOWN, Text, Walk
 from gdpd_kernels.backends.triton.walk_back import BackwardWalk
 
 
@@ -26,8 +27,8 @@ def forward_source(recipe: Recipe) -> Source:
     module = Module(recipe)
     module.packing()
     kept = recipe.kept if recipe.save in ("values", "inputs") else None
-    if not recipe.fused:
-        split.forward(module, kept)
+    if recipe.plan != REGISTERS:
+        (streamed if recipe.plan == MEMORY else split).forward(module, kept)
         return module.source()
 
     def body(text: Text) -> None:
@@ -37,7 +38,7 @@ def forward_source(recipe: Recipe) -> Source:
         module.start(text)
 
         def step() -> None:
-            walk = Walk(module.layout, text, recipe.precision, kept, TILE, parked=module.parked)
+            walk = Walk(module.layout, text, recipe.precision, kept, KNOWN)
             if kept is not None:
                 text(f"kept = saved + k * (whole * {kept.width})")
             if recipe.save == "states":
@@ -62,8 +63,8 @@ def backward_source(recipe: Recipe) -> Source:
     module = Module(recipe)
     module.packing()
     need = needed(recipe.program, recipe.wanted, state=True)
-    if not recipe.fused:
-        split.backward(module, need)
+    if recipe.plan != REGISTERS:
+        (streamed if recipe.plan == MEMORY else split).backward(module, need)
         return module.source()
 
     def body(text: Text) -> None:
@@ -77,8 +78,7 @@ def backward_source(recipe: Recipe) -> Source:
                 text("k = steps - 1 - i")
                 text("later_step = i")
                 walk = BackwardWalk(
-                    module.layout, text, recipe.precision, recipe.kept, KNOWN, need, recipe.wanted, module.shares,
-                    parked=module.parked,
+                    module.layout, text, recipe.precision, recipe.kept, KNOWN, need, recipe.wanted, module.shares
                 )  # fmt: skip
                 if states:
                     text("kept = scratch")
@@ -90,7 +90,6 @@ def backward_source(recipe: Recipe) -> Source:
                     walk.forget()
                 else:
                     text(f"kept = saved + k * (whole * {recipe.kept.width})")
-                walk.statistics = TILE
                 module.begin_step_back(text, walk)
                 for number in reversed(numbers):
                     walk.backward(number)
@@ -122,8 +121,8 @@ def prior_source(recipe: Recipe) -> Source:
     module.packing()
     need = needed(recipe.program, recipe.wanted, state="z" in recipe.wanted)
     kept = recipe.kept if recipe.wanted else Rows({}, 4)
-    if not recipe.fused:
-        split.prior(module, need, kept)
+    if recipe.plan != REGISTERS:
+        (streamed if recipe.plan == MEMORY else split).prior(module, need, kept)
         return module.source()
 
     def body(text: Text) -> None:
@@ -134,8 +133,7 @@ def prior_source(recipe: Recipe) -> Source:
             text("k = 0")
             module.start(text)
             walk = BackwardWalk(
-                module.layout, text, recipe.precision, kept, TILE, need, recipe.wanted, module.shares, True,
-                parked=module.parked,
+                module.layout, text, recipe.precision, kept, KNOWN, need, recipe.wanted, module.shares, True
             )  # fmt: skip
             module.define_state(walk)
             for number in numbers:

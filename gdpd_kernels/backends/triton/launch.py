@@ -12,10 +12,17 @@ import torch
 from torch import Tensor
 
 from gdpd_kernels.backends.triton.module import Source
+from gdpd_kernels.backends.triton.tiling import architecture
 
 # Loads of weights do not depend on the step: software pipelining would prefetch all of them into shared memory.
 # Products and sums are fused, which is more exact, whatever the default of a Triton release.
-OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
+_OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
+
+
+def options(architecture: str) -> dict[str, Any]:
+    """What kernels are compiled with, beside their number of warps; `architecture` as `tiling.tile` has it."""
+    # NVIDIA's assembler gives a thread fewer registers than there are, and spills, to have room for another program.
+    return _OPTIONS if architecture == "hip" else {**_OPTIONS, "maxnreg": 255}
 
 
 @lru_cache(maxsize=512)
@@ -34,7 +41,7 @@ def launch(
 ) -> None:
     """Launch a kernel of `source` with what it takes of the arguments `given` by name, on tiles of so many rows."""
     arguments = [given[name] for name in source.arguments[kernel]]
-    module(source.text)[kernel][grid](*arguments, BLOCK=rows, num_warps=warps, **OPTIONS)
+    module(source.text)[kernel][grid](*arguments, BLOCK=rows, num_warps=warps, **options(architecture()))
 
 
 def on_device(tensor: Tensor) -> Any:

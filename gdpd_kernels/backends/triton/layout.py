@@ -7,7 +7,7 @@ is what a register block of Triton can be. A slice or a concatenation along the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -32,8 +32,8 @@ class Piece:
 
     @property
     def size(self) -> int:
-        """Columns of the register block; matrix units take no fewer than 16."""
-        return max(16, 1 << (self.width - 1).bit_length())
+        """Columns of the register block."""
+        return block_size(self.width)
 
     @property
     def stop(self) -> int:
@@ -41,6 +41,11 @@ class Piece:
 
 
 Partition = tuple[Piece, ...]
+
+
+def block_size(width: int) -> int:
+    """Columns of a register block for so many; matrix units take no fewer than 16."""
+    return max(16, 1 << (width - 1).bit_length())
 
 
 def cut(width: int, chunk: int, edges: Iterable[int] = ()) -> Partition:
@@ -53,6 +58,41 @@ def cut(width: int, chunk: int, edges: Iterable[int] = ()) -> Partition:
             pieces.append(Piece(start, n))
             start += n
     return tuple(pieces)
+
+
+@dataclass(frozen=True)
+class Field:
+    """Blocks of a weight that lie in memory one after the other, row by row of blocks, each padded.
+
+    Args:
+        index: of the parameter.
+        at: where the first begins.
+        out: rows of the weight.
+        columns: of the weight.
+        row_size: rows of a block.
+        col_size: columns of a block.
+    """
+
+    index: int
+    at: int
+    out: Piece
+    columns: Piece
+    row_size: int
+    col_size: int
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.out.width // self.row_size) * -(-self.columns.width // self.col_size)
+
+    @property
+    def size(self) -> int:
+        return self.blocks * self.row_size * self.col_size
+
+    @property
+    def place(self) -> str:
+        """As the device functions take it."""
+        out, columns = self.out, self.columns
+        return f"{out.start}, {out.width}, {self.row_size}, {columns.start}, {columns.width}, {self.col_size}"
 
 
 @dataclass(frozen=True)
@@ -120,14 +160,6 @@ class Layout:
         return Rows.of([name for name in names if not is_outer(name)], self.program.widths)
 
     @cached_property
-    def distant(self) -> Rows:
-        """The values that an operation other than the next one reads, and the state, which the step's end reads."""
-        names = {"z": None}
-        for number, op in enumerate(self.program.ops, start=1):
-            names |= dict.fromkeys(x for x in op.inputs if x[0] == "%" and int(x[1:]) < number - 1)
-        return Rows.of(list(names), self.program.widths)
-
-    @cached_property
     def segments(self) -> tuple[range, ...]:
         """Numbers of the operations between the training-mode BatchNorms; each but the first begins with one."""
         edges = [0, *self.program.batch_norms, len(self.program.ops)]
@@ -192,9 +224,85 @@ class Layout:
         return found if sum(out.width * p.width for out, p in found) == shape[0] * shape[-1] else {}
 
     @property
-    def packed_size(self) -> int:
-        """Numbers in the buffer of packed weights."""
-        return sum(out.size * p.size for _, out, p in self.packed)
+    def fields(self) -> list[Field]:
+        """All weights, in the buffer of packed weights."""
+        return [Field(i, at, out, p, out.size, p.size) for (i, out, p), at in self.packed.items()]
+
+    def share_fields(self, index: int) -> list[Field]:
+        """Where the gradient of a parameter lies in its part of a share; none: as the parameter itself does."""
+        return [Field(index, at, out, p, out.size, p.size) for (out, p), at in self.blocks_of(index).items()]
+
+
+class Column(str):
+    """The text of a column that a loop counts; what is added to it is added in the text."""
+
+    def __radd__(self, number: int) -> Column:
+        return Column(f"{number} + {self}")
+
+
+@dataclass(frozen=True)
+class Stretch(Piece):
+    """The piece of a value at which a loop over its columns is. `start` and `width` are text."""
+
+    block: int
+
+    @property
+    def size(self) -> int:
+        return self.block
+
+
+class StreamLayout(Layout):
+    """Of values that lie in memory: one `Stretch` each, of a loop over blocks of one size."""
+
+    def block(self, width: int) -> int:
+        """Columns of a block of a value so wide."""
+        return min(self.chunk, block_size(width))
+
+    def padded(self, width: int) -> int:
+        """Columns of its blocks together."""
+        return -(-width // self.block(width)) * self.block(width)
+
+    def loop(self, column: str, width: int) -> str:
+        """The head of a loop over the blocks of a value so wide.
+
+        Nothing is taken out of it, since what waits outside takes registers; for the same reason the compiler does not
+        know how often it runs (``one`` is 1).
+        """
+        stop = f"{self.padded(width)} * one"
+        return f"for {column} in tl.range(0, {stop}, {self.block(width)}, disable_licm=True):"
+
+    def stretch(self, width: int, column: str = "c", shift: int = 0) -> Stretch:
+        """Where a loop whose variable is `column` is in a value; `shift`: columns further, of as many."""
+        size = self.block(width)
+        left = size if width % size == 0 else Column(f"{width} - {column}")
+        return Stretch(Column(f"{shift} + {column}" if shift else column), left, size)  # type: ignore[arg-type]
+
+    @cached_property
+    def partitions(self) -> dict[str, Partition]:
+        return {name: (self.stretch(width),) for name, width in self.program.widths.items()}
+
+    @cached_property
+    def weights(self) -> dict[int, Field]:
+        """Of each weight its blocks in the buffer of packed weights."""
+        found: dict[int, Field] = {}
+        end = 0
+        for op in self.program.ops:
+            index = op.params[0] if op.kind == "linear" else None
+            if index is not None and index not in found:
+                rows, columns = self.program.params[index]
+                found[index] = self._field(index, end, rows, columns)
+                end += found[index].size
+        return found
+
+    def _field(self, index: int, at: int, rows: int, columns: int) -> Field:
+        return Field(index, at, Piece(0, rows), Piece(0, columns), self.block(rows), self.block(columns))
+
+    @property
+    def fields(self) -> list[Field]:
+        return list(self.weights.values())
+
+    def share_fields(self, index: int) -> list[Field]:
+        return [replace(self.weights[index], at=0)] if index in self.weights else []
 
 
 def is_outer(name: str) -> bool:

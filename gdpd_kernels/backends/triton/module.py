@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
-from gdpd_kernels.backends.triton.layout import Layout, Piece, Rows
+from gdpd_kernels.backends.triton.layout import Field, Layout, Rows, StreamLayout
 from gdpd_kernels.backends.triton.walk import Text, Walk
 from gdpd_kernels.backends.triton.walk_back import BackwardWalk
 from gdpd_kernels.program import DenoiserProgram
+
+# Plans: values in registers, or in memory with a piece in registers at a time, or one launch per stretch between
+# BatchNorms and step.
+REGISTERS, MEMORY, SPLIT = "registers", "memory", "split"
 
 # Numbers that change from call to call and should not make another binary.
 _NUMBERS = ("batch", "total", "steps", "tiles", "k", "programs", "alpha_row", "alpha_col", "share_stride")
@@ -26,7 +30,7 @@ class Recipe:
         program: the denoiser.
         chunk: columns of the largest piece.
         precision: of products: "ieee", "tf32", "bf16" or "fp16".
-        fused: the fused plan, not the split one.
+        plan: "registers", "memory" or "split" (docs/gpu.md, Plans).
         alpha: the start mixes noise in.
         drawn: that noise is drawn, not handed in.
         eta: noise is drawn at the steps.
@@ -38,7 +42,7 @@ class Recipe:
     program: DenoiserProgram
     chunk: int
     precision: str
-    fused: bool
+    plan: str
     alpha: bool = False
     drawn: bool = False
     eta: bool = False
@@ -48,7 +52,7 @@ class Recipe:
 
     @property
     def layout(self) -> Layout:
-        return _layout(self.program, self.chunk)
+        return _layout(self.program, self.chunk, self.plan == MEMORY)
 
     @property
     def kept(self) -> Rows:
@@ -57,8 +61,8 @@ class Recipe:
 
 
 @lru_cache(maxsize=256)
-def _layout(program: DenoiserProgram, chunk: int) -> Layout:
-    return Layout(program, chunk)
+def _layout(program: DenoiserProgram, chunk: int, streamed: bool) -> Layout:
+    return StreamLayout(program, chunk) if streamed else Layout(program, chunk)
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class Source:
             do, which have one row per step.
         written: names of the inputs whose gradient the kernels write; that of any other wanted one is zero.
         reductions: how many blocks and vectors `reduce` adds up, and the numbers of the largest block.
+        room: numbers that a program needs in memory per row of a tile, for its values and their gradients.
     """
 
     text: str
@@ -79,6 +84,7 @@ class Source:
     shares: dict[str, int]
     written: frozenset[str]
     reductions: tuple[int, int]
+    room: int = 0
 
 
 _HEADER = '''\
@@ -103,19 +109,20 @@ class Module:
         for i, shape in enumerate(recipe.program.params):
             if f"p{i}" in recipe.wanted:
                 self.shares[f"p{i}"] = end
-                blocks = self.layout.blocks_of(i)
-                end += sum(out.size * p.size for out, p in blocks) or -(-prod(shape) // 4) * 4
+                end += sum(f.size for f in self.layout.share_fields(i)) or -(-prod(shape) // 4) * 4
         if recipe.prediction:
             self.shares["loss"] = end
             end += 4
         self.shares["tables"] = end
         self.written: set[str] = set()
         self.reductions = 0, 0
+        self.room = 0
 
     @property
-    def parked(self) -> Rows | None:
-        """What a tile that has to be the whole batch puts away: it is too large for registers to hold that too."""
-        return self.layout.distant if self.program.batch_norms and self.recipe.fused else None
+    def streams(self) -> StreamLayout:
+        """The layout of the plan of memory."""
+        assert isinstance(self.layout, StreamLayout)
+        return self.layout
 
     @property
     def operands(self) -> tuple[str, ...]:
@@ -125,7 +132,6 @@ class Module:
             *(f"t{i}" for i in range(len(program.tables))),
             *(f"p{i}" for i in range(len(program.params))),
             "packed",
-            *(("parked",) if self.parked is not None else ()),
         )
 
     @property
@@ -147,22 +153,25 @@ class Module:
 
     def packing(self) -> None:
         """Lays the weights out in padded blocks, one program of the grid each."""
-        blocks = self.layout.packed
-        if not blocks:
+        fields = self.layout.fields
+        if not fields:
             return
 
         def body(text: Text) -> None:
             text("which = tl.program_id(0)")
-            for which, ((index, out, p), at) in enumerate(blocks.items()):
-                stride = self.program.params[index][1]
-                place = f"{stride}, {out.start}, {out.width}, {out.size}, {p.start}, {p.width}, {p.size}"
-                inner = f"pack_block(p{index}, packed + {at}, {place})"
-                text.block(f"if which == {which}:", lambda inner=inner: text(inner))  # type: ignore[misc]
+            first = 0
+            for field in fields:
+                what = f"which - {first}, {self.program.params[field.index][1]}, {field.place}"
+                inner = f"pack_block(p{field.index}, packed + {field.at}, {what})"
+                head = f"if (which >= {first}) & (which < {first + field.blocks}):"
+                text.block(head, lambda inner=inner: text(inner))  # type: ignore[misc]
+                first += field.blocks
 
-        self.kernel("pack", (*dict.fromkeys(f"p{index}" for index, _, _ in blocks), "packed"), body)
+        self.kernel("pack", (*dict.fromkeys(f"p{field.index}" for field in fields), "packed"), body)
 
     def source(self) -> Source:
-        return Source("".join(self.parts), self.arguments, self.shares, frozenset(self.written), self.reductions)
+        text, written = "".join(self.parts), frozenset(self.written)
+        return Source(text, self.arguments, self.shares, written, self.reductions, self.room)
 
     # --- pieces of text that kernels share ----------------------------------------------------------------------------
 
@@ -261,7 +270,8 @@ class Module:
             losses.append(f"tl.sum(off_{i} * off_{i})")
         text(f"loss = {' + '.join(losses)}")
         base = f"share + {self.shares['loss']}"
-        text(f"tl.store({base}, tl.where(later_tile > 0, tl.load({base}), 0.0) + loss)")
+        again = "later_tile + c" if self.recipe.plan == MEMORY else "later_tile"
+        text(f"tl.store({base}, tl.where({again} > 0, tl.load({base}), 0.0) + loss)")
         for i, *_ in self.state():
             text(f"off_{i} = off_{i} * (2.0 / (total.to(tl.float32) * {self.program.features}))")
 
@@ -304,10 +314,10 @@ class Module:
         """Adds up the programs' shares: grid (blocks, gradients)."""
         program, recipe = self.program, self.recipe
         parts: list[tuple[str, str, str]] = []  # argument, offset, numel
-        weights: list[tuple[int, int, Piece, Piece]] = []  # parameter, offset, rows, columns
+        weights: list[tuple[int, Field]] = []  # where the share of the parameter begins, and a part of it
         for i, shape in enumerate(program.params):
-            if f"p{i}" in self.written and (blocks := self.layout.blocks_of(i)):
-                weights += [(i, self.shares[f"p{i}"] + at, out, p) for (out, p), at in blocks.items()]
+            if f"p{i}" in self.written and (fields := self.layout.share_fields(i)):
+                weights += [(self.shares[f"p{i}"], field) for field in fields]
             elif f"p{i}" in self.written:
                 parts.append((f"grad_p{i}", str(self.shares[f"p{i}"]), str(prod(shape))))
         if recipe.prediction:
@@ -322,7 +332,7 @@ class Module:
                     before += width
         if not parts and not weights:
             return
-        self.reductions = len(parts) + len(weights), max([out.size * p.size for *_, out, p in weights], default=0)
+        self.reductions = len(parts) + len(weights), max([field.size for _, field in weights], default=0)
 
         def body(text: Text) -> None:
             text("start = tl.program_id(0) * BLOCK")
@@ -332,11 +342,11 @@ class Module:
                 what = f"{name}, start, {numel}, {scale}, BLOCK"
                 inner = f"reduce_block(shares + {offset}, programs, share_stride, {what})"
                 text.block(f"if (which == {which}) & (start < {numel}):", lambda inner=inner: text(inner))  # type: ignore[misc]
-            for which, (i, begin, out, p) in enumerate(weights, start=len(parts)):
-                place = f"{program.params[i][1]}, {out.start}, {out.width}, {out.size}, {p.start}, {p.width}, {p.size}"
-                inner = f"reduce_weight(shares + {begin}, programs, share_stride, grad_p{i}, start, {place}, BLOCK)"
-                head = f"if (which == {which}) & (start < {out.size * p.size}):"
+            for which, (begin, field) in enumerate(weights, start=len(parts)):
+                to = f"grad_p{field.index}, start, {program.params[field.index][1]}, {field.place}, BLOCK"
+                inner = f"reduce_weight(shares + {begin + field.at}, programs, share_stride, {to})"
+                head = f"if (which == {which}) & (start < {field.size}):"
                 text.block(head, lambda inner=inner: text(inner))  # type: ignore[misc]
 
-        names = [p[0] for p in parts] + [f"grad_p{i}" for i, *_ in weights]
+        names = [p[0] for p in parts] + [f"grad_p{field.index}" for _, field in weights]
         self.kernel("reduce", ("shares", *names, "programs", "share_stride", "steps", "total"), body)

@@ -19,7 +19,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "") == "1")
 
 
 @triton.jit
-def load_rows(base, rows, valid, stride: tl.constexpr, start: tl.constexpr, width: tl.constexpr, size: tl.constexpr):
+def load_rows(base, rows, valid, stride: tl.constexpr, start, width, size: tl.constexpr):
     """Columns [start, start + width) of `rows`; zero in the padding."""
     cols = tl.arange(0, size)
     at = rows[:, None] * stride + (start + cols)[None, :]
@@ -27,7 +27,7 @@ def load_rows(base, rows, valid, stride: tl.constexpr, start: tl.constexpr, widt
 
 
 @triton.jit
-def store_rows(base, rows, valid, x, stride: tl.constexpr, start: tl.constexpr, width: tl.constexpr):
+def store_rows(base, rows, valid, x, stride: tl.constexpr, start, width):
     """x into columns [start, start + width) of `rows`; its padding goes nowhere."""
     cols = tl.arange(0, x.shape[1])
     at = rows[:, None] * stride + (start + cols)[None, :]
@@ -35,7 +35,7 @@ def store_rows(base, rows, valid, x, stride: tl.constexpr, start: tl.constexpr, 
 
 
 @triton.jit
-def add_rows(base, rows, valid, again, x, stride: tl.constexpr, start: tl.constexpr, width: tl.constexpr):
+def add_rows(base, rows, valid, again, x, stride: tl.constexpr, start, width):
     """Stores x the first time, when `again` is 0, and adds it from then on: nothing has to be zero before."""
     cols = tl.arange(0, x.shape[1])
     at = rows[:, None] * stride + (start + cols)[None, :]
@@ -45,7 +45,7 @@ def add_rows(base, rows, valid, again, x, stride: tl.constexpr, start: tl.conste
 
 
 @triton.jit
-def load_mixed(base, rows, valid, row_stride, col_stride, start: tl.constexpr, width: tl.constexpr, size: tl.constexpr):
+def load_mixed(base, rows, valid, row_stride, col_stride, start, width, size: tl.constexpr):
     """A block of any strides, also of zero: how alpha is broadcast."""
     cols = tl.arange(0, size)
     at = rows[:, None] * row_stride + (start + cols)[None, :] * col_stride
@@ -53,21 +53,21 @@ def load_mixed(base, rows, valid, row_stride, col_stride, start: tl.constexpr, w
 
 
 @triton.jit
-def load_row(base, start: tl.constexpr, width: tl.constexpr, size: tl.constexpr, other: tl.constexpr = 0.0):
+def load_row(base, start, width, size: tl.constexpr, other: tl.constexpr = 0.0):
     """One row [1, size] that serves all: a bias, a table at its step."""
     cols = tl.arange(0, size)
     return tl.load(base + start + cols, mask=cols < width, other=other)[None, :]
 
 
 @triton.jit
-def store_row(base, x, start: tl.constexpr, width: tl.constexpr):
+def store_row(base, x, start, width):
     """x [1, size]."""
     cols = tl.arange(0, x.shape[1])
     tl.store(base + start + cols[None, :], x, mask=(cols < width)[None, :])
 
 
 @triton.jit
-def add_row(base, again, x, start: tl.constexpr, width: tl.constexpr):
+def add_row(base, again, x, start, width):
     """The sum over the rows of x, stored or added as in `add_rows`."""
     cols = tl.arange(0, x.shape[1])
     mask = cols < width
@@ -97,20 +97,64 @@ def add_block(base, again, x):
     tl.store(base + at, old + x)
 
 
+# --- values in memory: block after block, each [BLOCK, size] row by row ---------------------------------------------
+
+
+@triton.jit
+def load_slot(room, at, c, BLOCK: tl.constexpr, size: tl.constexpr):
+    """The block that begins at column c of the value at column `at`; nothing is masked."""
+    inside = tl.arange(0, BLOCK)[:, None] * size + tl.arange(0, size)[None, :]
+    return tl.load(room + (at + c) * BLOCK + inside)
+
+
+@triton.jit
+def store_slot(room, at, c, x):
+    """x into the block that begins at column c of the value at column `at`."""
+    inside = tl.arange(0, x.shape[0])[:, None] * x.shape[1] + tl.arange(0, x.shape[1])[None, :]
+    tl.store(room + (at + c) * x.shape[0] + inside, x)
+
+
+@triton.jit
+def load_moved(
+    room, at, shift: tl.constexpr, width: tl.constexpr, blocked: tl.constexpr,
+    c, stop, BLOCK: tl.constexpr, size: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK, size] with column c + shift + j of a value `width` wide, in blocks of `blocked`, in column j, where there
+    is one and j < stop; else zero."""
+    cols = tl.arange(0, size)
+    source = c + shift + cols
+    mask = tl.broadcast_to(((source >= 0) & (source < width) & (cols < stop))[None, :], [BLOCK, size])
+    column = (at + source // blocked * blocked) * BLOCK + source % blocked
+    return tl.load(room + tl.arange(0, BLOCK)[:, None] * blocked + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_moved(room, at, shift: tl.constexpr, blocked: tl.constexpr, c, width, x):
+    """x into the columns from c + shift on of the value at column `at`, in blocks of `blocked`."""
+    cols = tl.arange(0, x.shape[1])
+    target = c + shift + cols
+    column = (at + target // blocked * blocked) * x.shape[0] + target % blocked
+    mask = tl.broadcast_to((cols < width)[None, :], [x.shape[0], x.shape[1]])
+    tl.store(room + tl.arange(0, x.shape[0])[:, None] * blocked + column[None, :], x, mask=mask)
+
+
 # --- products -------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def pack_block(
-    weight, packed,
-    stride: tl.constexpr, row: tl.constexpr, n_rows: tl.constexpr, row_size: tl.constexpr,
+    weight, packed, which, stride: tl.constexpr,
+    row: tl.constexpr, n_rows: tl.constexpr, row_size: tl.constexpr,
     col: tl.constexpr, n_cols: tl.constexpr, col_size: tl.constexpr,
 ):  # fmt: skip
-    """A block of a weight, padded with zeros, row after row."""
-    rows, cols = tl.arange(0, row_size), tl.arange(0, col_size)
+    """One of a weight's blocks, padded with zeros, row after row."""
+    across: tl.constexpr = (n_cols + col_size - 1) // col_size
+    rows = (which // across) * row_size + tl.arange(0, row_size)
+    cols = (which % across) * col_size + tl.arange(0, col_size)
     at = (row + rows)[:, None] * stride + (col + cols)[None, :]
     w = tl.load(weight + at, mask=(rows < n_rows)[:, None] & (cols < n_cols)[None, :], other=0.0)
-    tl.store(packed + rows[:, None] * col_size + cols[None, :], w)
+    inside = tl.arange(0, row_size)[:, None] * col_size + tl.arange(0, col_size)[None, :]
+    tl.store(packed + which * (row_size * col_size) + inside, w)
 
 
 @triton.jit
@@ -182,15 +226,13 @@ def moved(x, offset: tl.constexpr, width: tl.constexpr, n: tl.constexpr, size: t
 
 
 @triton.jit
-def real(x, width: tl.constexpr):
+def real(x, width):
     """x with zero in the padding of its columns."""
-    if width < x.shape[1]:
-        x = tl.where((tl.arange(0, x.shape[1]) < width)[None, :], x, 0.0)
-    return x
+    return tl.where((tl.arange(0, x.shape[1]) < width)[None, :], x, 0.0)
 
 
 @triton.jit
-def row_sum(x, width: tl.constexpr):
+def row_sum(x, width):
     """[rows, 1]."""
     return tl.sum(real(x, width), axis=1)[:, None]
 
@@ -245,7 +287,7 @@ def joined_sums(
 
 
 @triton.jit
-def inverse_deviation(variance, eps, width: tl.constexpr):
+def inverse_deviation(variance, eps, width):
     """1 / sqrt(variance + eps) [1, size], zero in the padding: eps may be zero."""
     inside = (tl.arange(0, variance.shape[1]) < width)[None, :]
     return tl.where(inside, 1.0 / tl.sqrt(tl.where(inside, variance, 1.0) + eps), 0.0)
@@ -417,7 +459,7 @@ def gaussian_pair(w0, w1):
 
 
 @triton.jit
-def normals(seed, rows, step, samples, start: tl.constexpr, size: tl.constexpr):
+def normals(seed, rows, step, samples, start, size: tl.constexpr):
     """Standard normal noise [rows, size] for columns from `start` on, a multiple of four."""
     shape: tl.constexpr = [rows.shape[0], size // 4]
     zero = tl.zeros(shape, tl.uint32)
@@ -446,14 +488,17 @@ def reduce_block(partials, programs, stride, out, start, numel, scale, BLOCK: tl
 
 @triton.jit
 def reduce_weight(
-    partials, programs, stride, out, start,
-    columns: tl.constexpr, row: tl.constexpr, n_rows: tl.constexpr, row_size: tl.constexpr,
+    partials, programs, stride, out, start, columns: tl.constexpr,
+    row: tl.constexpr, n_rows: tl.constexpr, row_size: tl.constexpr,
     col: tl.constexpr, n_cols: tl.constexpr, col_size: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """As `reduce_block`, for a padded block of the gradient of a weight with so many columns."""
+    """As `reduce_block`, for the padded blocks of the gradient of a weight with so many columns."""
+    across: tl.constexpr = (n_cols + col_size - 1) // col_size
     at = start + tl.arange(0, BLOCK)
-    rows, cols = at // col_size, at % col_size
-    mask = (rows < n_rows) & (cols < n_cols) & (at < row_size * col_size)
+    which, inside = at // (row_size * col_size), at % (row_size * col_size)
+    rows = (which // across) * row_size + inside // col_size
+    cols = (which % across) * col_size + inside % col_size
+    mask = (rows < n_rows) & (cols < n_cols)
     total = tl.zeros([BLOCK], tl.float32)
     for i in range(programs):
         total += tl.load(partials + i * stride + at, mask=mask, other=0.0)

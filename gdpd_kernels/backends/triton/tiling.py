@@ -8,20 +8,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
+
+from gdpd_kernels.backends.triton.module import MEMORY, REGISTERS, SPLIT
 from gdpd_kernels.program import DenoiserProgram
 
-# The widest value: its pieces are written out one by one, so that a linear layer of 512 × 512 is 16 to 64 block
-# products of straight-line code, and compile time and the instruction cache set the limit.
+# The widest value: wider programs have not been compiled.
 MAX_WIDTH = 512
 
-# Numbers of a value that one program holds when the batch has to be one tile (BatchNorm in training mode).
-FUSED_BATCH_NUMBERS = 8192
+# Rows that one program takes when the batch has to be one tile (BatchNorm in training mode).
+FUSED_BATCH_ROWS = 64
 
-# Programs of a backward launch, at most: each has a share of the parameters' gradients of its own, [programs, params].
-MAX_SHARES = 128
+# Programs of a launch, at most, where each takes several tiles. Backward, one has a share of the parameters' gradients
+# of its own, [programs, params]; forward, with values in memory, a room for them.
+MAX_PROGRAMS, MAX_FORWARD_PROGRAMS = 128, 512
 
-# Columns of a block. Blocks of 128 spilled more registers; blocks of 32 took far longer to compile and to interpret.
-_CHUNK = 64
+# The register budget. A thread has 255: values stay in registers where all values of a step together, as if nothing
+# were ever let go, take a quarter of them. Otherwise they lie in memory, and a block of one takes 8 at most.
+_REGISTERS_OF_VALUES, _REGISTERS_OF_BLOCK = 64, 8
+
+# Columns of a block, of values in registers and of values in memory.
+_CHUNK, _MEMORY_CHUNK = 64, 32
 
 
 @dataclass(frozen=True)
@@ -39,30 +46,37 @@ class Tile:
     chunk: int
 
 
+def architecture() -> str:
+    """Of the GPUs that torch was built for: "cuda" or "hip"."""
+    return "hip" if torch.version.hip is not None else "cuda"
+
+
 @lru_cache(maxsize=1024)
-def tile(program: DenoiserProgram, total: int, precision: str, architecture: str) -> tuple[Tile, bool]:
-    """The configuration for `total` trajectories, and whether the plan is the fused one.
+def tile(program: DenoiserProgram, total: int, precision: str, architecture: str) -> tuple[Tile, str]:
+    """The configuration for `total` trajectories, and the plan.
 
     Args:
-        architecture: "cuda" or "hip".
+        architecture: "cuda" or "hip", of the GPU.
     """
-    widest = max(program.widths.values())
-    padded = _padded(widest)
-    if program.batch_norms and total <= largest_fused_batch(widest):
-        whole = max(16, 1 << (total - 1).bit_length())
-        # 16 warps would leave half the registers to each.
-        return Tile(whole, 8 if whole * padded > 4096 else 4, _CHUNK), True
+    if program.batch_norms and total <= FUSED_BATCH_ROWS:
+        return _in_memory(max(16, 1 << (total - 1).bit_length()), architecture), MEMORY
     # 16 rows are what a matrix unit takes; more of them share each load of a weight, once there are programs enough.
-    rows = 16 if total <= 16 * 256 or padded > 256 else 32
-    return Tile(rows, 4 if rows * padded <= 1024 else 8, _CHUNK), not program.batch_norms
+    padded = _padded(max(program.widths.values()))
+    rows = 16 if total <= 16 * 256 or (padded > 256 and program.batch_norms) else 32
+    warps = 4 if rows * padded <= 1024 else 8
+    if program.batch_norms:
+        return Tile(rows, warps, _CHUNK), SPLIT
+    if rows * sum(map(_padded, program.widths.values())) <= _REGISTERS_OF_VALUES * 32 * warps:
+        return Tile(rows, warps, _CHUNK), REGISTERS
+    return _in_memory(rows, architecture), MEMORY
 
 
-def largest_fused_batch(widest: int) -> int:
-    """The most trajectories that BatchNorm in training mode takes in one tile; a power of two, 0 if there is none."""
-    most = FUSED_BATCH_NUMBERS // _padded(widest)
-    return 1 << (most.bit_length() - 1) if most >= 16 else 0
+def _in_memory(rows: int, architecture: str) -> Tile:
+    # A thread of AMD's GPUs has twice the registers as long as there are four warps of 64 threads.
+    warps = 4 if architecture == "hip" else max(4, rows * _MEMORY_CHUNK // (32 * _REGISTERS_OF_BLOCK))
+    return Tile(rows, warps, _MEMORY_CHUNK)
 
 
-def _padded(widest: int) -> int:
-    """Columns of a value's blocks together."""
-    return max(16, 1 << (min(widest, _CHUNK) - 1).bit_length()) * -(-widest // _CHUNK)
+def _padded(width: int) -> int:
+    """Columns of a value's blocks together, in registers."""
+    return max(16, 1 << (min(width, _CHUNK) - 1).bit_length()) * -(-width // _CHUNK)

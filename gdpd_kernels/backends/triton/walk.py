@@ -54,8 +54,6 @@ class Walk:
         kept: buffer of the values that backward reads: forward writes to it, backward reads it.
         statistics: where BatchNorms have their statistics from.
         per_row_tables: tables have one row per trajectory, as in `prior_loss`, not one per step.
-        parked: values that are put into the buffer ``parked`` until they are read again, so that no registers hold them
-            (those in `kept` lie there already).
     """
 
     def __init__(
@@ -66,10 +64,7 @@ class Walk:
         kept: Rows | None,
         statistics: str,
         per_row_tables: bool = False,
-        parked: Rows | None = None,
     ) -> None:
-        self.parked = Rows({}, 0) if parked is None else parked
-        self._stored: set[str] = set()  # values in memory that other threads may not see yet
         self.layout, self.text, self.precision = layout, text, precision
         self.program, self.widths, self.partitions = layout.program, layout.program.widths, layout.partitions
         self.kept, self.statistics, self.per_row_tables = kept, statistics, per_row_tables
@@ -87,10 +82,6 @@ class Walk:
         self.registers[name] = found
         if self.kept is not None and name in self.kept.at:
             self.store(name, found, "kept", self.kept, "slots")
-        elif name in self.parked.at:
-            self.store(name, found, "parked", self.parked)
-        if name in self.parked.at:
-            self._stored.add(name)
 
     def store(self, name: str, pieces: Sequence[str], base: str, rows: Rows, at: str = "rows") -> None:
         for piece, x in zip(self.partitions[name], pieces, strict=True):
@@ -107,13 +98,8 @@ class Walk:
             if partition == self.partitions[name]:
                 self.registers[name] = made
             return made
-        if name in self._stored:
-            self.text("tl.debug_barrier()")
-            self._stored.clear()
         if self.kept is not None and name in self.kept.at:
             base, at, stride, start = "kept", "slots", self.kept.width, self.kept.at[name]
-        elif name in self.parked.at:
-            base, at, stride, start = "parked", "rows", self.parked.width, self.parked.at[name]
         elif name == "z":
             base, at, stride, start = "state", "rows", self.program.features, 0
         else:
@@ -125,7 +111,6 @@ class Walk:
     def forget(self) -> None:
         """From here on, values are read from memory, which all threads see."""
         self.registers.clear()
-        self._stored.clear()
 
     def new(self, stem: str, expression: str) -> str:
         self._fresh += 1
@@ -189,9 +174,6 @@ class Walk:
             self.define(name, [x for operand in op.inputs for x in self.fetch(operand)])
         else:
             self.define(name, [self._elementwise(op, x) for x in self.fetch(op.inputs[0])])
-        for other in self.parked.at:
-            if other != name:
-                self.registers.pop(other, None)
 
     def _elementwise(self, op: Op, x: str) -> str:
         if op.kind in _ACTIVATIONS:

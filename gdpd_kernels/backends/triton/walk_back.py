@@ -61,9 +61,8 @@ class BackwardWalk(Walk):
         per_row_tables: bool = False,
         pending: set[str] | None = None,
         written: set[str] | None = None,
-        parked: Rows | None = None,
     ) -> None:
-        super().__init__(layout, text, precision, kept, statistics, per_row_tables, parked)
+        super().__init__(layout, text, precision, kept, statistics, per_row_tables)
         self.need, self.wanted, self.shares = need, wanted, shares
         self.gradients: dict[str, list[Gradient | None]] = {}
         self.pending = set() if pending is None else pending
@@ -77,9 +76,6 @@ class BackwardWalk(Walk):
             return
         pieces = self._open(name)
         before, variable = pieces[index], f"d_{identifier(name)}_{index}"
-        if name in self.parked.at:
-            pieces[index] = self._park(name, index, [x for x in (before, expression) if x is not None])
-            return
 
         def write() -> str:
             expressions = [now(before)] if before is not None else []
@@ -89,19 +85,6 @@ class BackwardWalk(Walk):
         pieces[index] = Later(write)
         if before is not None:
             now(pieces[index])  # type: ignore[arg-type]
-
-    def _park(self, name: str, index: int, parts: Sequence[Gradient]) -> Later:
-        """Put the gradient of a piece into memory until it is read again."""
-        p, rows = self.partitions[name][index], self.parked
-        start = rows.at[name] + p.start
-        x = self.new("parked", " + ".join([now(part) for part in parts]))
-        self.text(f"store_rows(parked, rows, valid, {x}, {rows.width}, {start}, {p.width})")
-
-        def write() -> str:
-            self.text("tl.debug_barrier()")
-            return self.new("d", f"load_rows(parked, rows, valid, {rows.width}, {start}, {p.width}, {p.size})")
-
-        return Later(write)
 
     def _open(self, name: str) -> list[Gradient | None]:
         if name not in self.gradients:
@@ -141,29 +124,26 @@ class BackwardWalk(Walk):
 
     def flush_outer(self) -> None:
         """Write the gradients of tables and rows that this walk has found."""
-        program = self.program
-        for i, width in enumerate(program.rows):
-            self._flush(f"r{i}", width, "later_step")
-        for i, width in enumerate(program.tables):
-            if self.per_row_tables:
-                self._flush(f"t{i}", width, "later_step")
-                continue
-            before = sum(w for j, w in enumerate(program.tables[:i]) if f"t{j}" in self.wanted)
-            pieces = self.take_now(f"t{i}")
-            if pieces is None:
-                continue
-            base = f"share + {self.shares['tables']} + steps * {before} + k * {width}"
-            again = self._again(f"t{i}", "later_tile")
-            for p, x in zip(self.partitions[f"t{i}"], pieces, strict=True):
-                self.text(f"add_row({base}, {again}, {x}, {p.start}, {p.width})")
+        for letter, widths in (("r", self.program.rows), ("t", self.program.tables)):
+            for i in range(len(widths)):
+                self.flush(f"{letter}{i}")
 
-    def _flush(self, name: str, width: int, again: str) -> None:
-        pieces = self.take_now(name)
+    def flush(self, name: str) -> None:
+        """Write the gradient of one of them."""
+        width, pieces = self.widths[name], self.take_now(name)
         if pieces is None:
             return
-        again = self._again(name, again)
+        per_row = name[0] == "r" or self.per_row_tables
+        again = self._again(name, "later_step" if per_row else "later_tile")
+        if per_row:
+            for p, x in zip(self.partitions[name], pieces, strict=True):
+                self.text(f"add_rows(grad_{name}, rows, valid, {again}, {x}, {width}, {p.start}, {p.width})")
+            return
+        tables = self.program.tables
+        before = sum(w for j, w in enumerate(tables[: int(name[1:])]) if f"t{j}" in self.wanted)
+        base = f"share + {self.shares['tables']} + steps * {before} + k * {width}"
         for p, x in zip(self.partitions[name], pieces, strict=True):
-            self.text(f"add_rows(grad_{name}, rows, valid, {again}, {x}, {width}, {p.start}, {p.width})")
+            self.text(f"add_row({base}, {again}, {x}, {p.start}, {p.width})")
 
     def _again(self, name: str, otherwise: str) -> str:
         before = name in self.written
