@@ -90,7 +90,8 @@ def test_recorded_kernels_keep_their_promises() -> None:
     assert len(records()) >= 16
     for key, found in records().items():
         assert_fits(cells[key], found)
-        assert (found["spills"], found["stack"]) == (0, 0), key
+        # docs/gpu.md, Known weaknesses: the split plan alone may spill, and how much is shown.
+        assert found["plan"] == "split" or (found["spills"], found["stack"]) == (0, 0), key
 
 
 @pytest.mark.parametrize("name", gpu_grid.PROGRAMS)
