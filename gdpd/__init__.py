@@ -28,7 +28,13 @@ __all__ = ["PrefixClassifier", "RunConfig", "__version__", "evaluate", "run"]
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'gdpd' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    try:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name and error.name.split(".")[0] in ("gdpd", "gdpd_kernels"):
+            raise
+        told = f'gdpd.{name} needs {error.name}, which is not installed: pip install "gdpd-kernels[train]"'
+        raise ImportError(told, name=error.name) from error
 
 
 def __dir__() -> list[str]:

@@ -159,3 +159,12 @@ def test_unknown_attribute_of_the_package_lists_what_there_is() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'Prefix'; it has PrefixClassifier"):
         _ = gdpd.Prefix
     assert gdpd.RunConfig is RunConfig
+
+
+def test_a_missing_extra_is_named_where_it_is_first_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import gdpd
+
+    monkeypatch.delitem(sys.modules, "gdpd.classifier", raising=False)
+    monkeypatch.setitem(sys.modules, "sklearn.base", None)  # as if it were not installed
+    with pytest.raises(ImportError, match=r"gdpd\.PrefixClassifier needs sklearn.*gdpd-kernels\[train\]"):
+        _ = gdpd.PrefixClassifier
