@@ -107,9 +107,7 @@ def reverse_sample(
     captured = _captured(denoiser, features, cond, backend)
     if captured is None:
         steps = _timesteps(table.timesteps, z_short.device)
-        z_hat = stepwise.reverse_sample(
-            denoiser, z_short, table, steps, mix, noise, key, cond, samples, compute
-        )
+        z_hat = stepwise.reverse_sample(denoiser, z_short, table, steps, mix, noise, key, cond, samples, compute)
     else:
         program = captured.program
         check_fit(captured, z_short, cond, samples * batch)
@@ -197,9 +195,7 @@ def prior_loss(
 
     captured = _captured(denoiser, features, cond, backend)
     if captured is None:
-        return stepwise.prior_loss(
-            denoiser, z_long, timesteps, noise, key, signal, sigma, cond, prediction, compute
-        )
+        return stepwise.prior_loss(denoiser, z_long, timesteps, noise, key, signal, sigma, cond, prediction, compute)
     program = captured.program
     check_fit(captured, z_long, cond, batch)
     chosen = _choose(backend, program.text, z_long.device.type, z_long.dtype, compute)

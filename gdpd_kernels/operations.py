@@ -46,6 +46,7 @@ class Obstacle(Exception):
 
 def handles(*names: str) -> Callable[[Handler], Handler]:
     """Register a function as what lowers the ATen operations of these names."""
+
     def register(function: Handler) -> Handler:
         HANDLERS.update(dict.fromkeys(names, function))
         return function
@@ -261,9 +262,7 @@ def _groups(x: Tensor, normalized_shape: Iterable[int]) -> int:
     return int(width(x)) // size
 
 
-def _row_norm(
-    low: Lowering, kind: str, x: fx.Node, affine: list[fx.Node | None], eps: float, groups: int
-) -> Operand:
+def _row_norm(low: Lowering, kind: str, x: fx.Node, affine: list[fx.Node | None], eps: float, groups: int) -> Operand:
     """A norm of whole rows; or of groups of adjoining columns, each alone, with the weights after that."""
     operand, value = low.operand(x), x.meta["val"]
     if groups == 1:

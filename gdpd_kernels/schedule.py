@@ -122,9 +122,7 @@ def make_betas(
     if kind == "flow":
         return torch.tensor(_flow_betas(num_train_timesteps), dtype=torch.float64)
     if not 0.0 < beta_start <= beta_end < 1.0:
-        raise ValueError(
-            f"beta_start is {beta_start} and beta_end {beta_end}; needed: 0 < beta_start <= beta_end < 1"
-        )
+        raise ValueError(f"beta_start is {beta_start} and beta_end {beta_end}; needed: 0 < beta_start <= beta_end < 1")
     if kind == "linear":
         return torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float64)
     root = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=torch.float64)
@@ -218,9 +216,7 @@ def ddim_table(
                 "give one of the two"
             )
         if window != "full":
-            raise ValueError(
-                f"window is {window!r} but timesteps is given; the list is walked as it is, drop window"
-            )
+            raise ValueError(f"window is {window!r} but timesteps is given; the list is walked as it is, drop window")
         stride = len(alpha_bar) // max(len(grid), 1)
     _check_grid(grid, len(alpha_bar))
     if isinstance(previous, int):
@@ -232,9 +228,7 @@ def ddim_table(
         landing = [*here[1:], final]
     else:
         landing = [alpha_bar[t - stride] if t >= stride else final for t in grid]
-    coefficients = tuple(
-        _update(t, ab, ab_prev, eta, kind) for t, ab, ab_prev in zip(grid, here, landing, strict=True)
-    )
+    coefficients = tuple(_update(t, ab, ab_prev, eta, kind) for t, ab, ab_prev in zip(grid, here, landing, strict=True))
     return DDIMTable(tuple(grid), coefficients, kind, float(eta), tuple(here), tuple(landing))
 
 
@@ -268,8 +262,7 @@ def _update(t: int, ab: float, ab_prev: float, eta: float, prediction: str) -> t
     elif prediction == "x0":
         if ab == 1.0:
             raise ValueError(
-                f"alpha_bar is 1 at t = {t}: x0 prediction cannot be turned into noise there; "
-                "leave that step out"
+                f"alpha_bar is 1 at t = {t}: x0 prediction cannot be turned into noise there; leave that step out"
             )
         x_z, x_p, e_z, e_p = 0.0, 1.0, 1 / noise, -signal / noise
     else:
@@ -307,8 +300,7 @@ def _check_grid(grid: list[int], num_train_timesteps: int) -> None:
     for k, t in enumerate(grid):
         if not 0 <= t < num_train_timesteps:
             raise ValueError(
-                f"step {k} is at t = {t}, outside 0 .. {num_train_timesteps - 1}, "
-                "the training steps of the schedule"
+                f"step {k} is at t = {t}, outside 0 .. {num_train_timesteps - 1}, the training steps of the schedule"
             )
         if k and t >= grid[k - 1]:
             raise ValueError(
@@ -337,9 +329,7 @@ def _alpha_bar(
             "give one of the two"
         )
     if not bool(((values >= 0) & (values <= 1)).all()):
-        raise ValueError(
-            "alphas_cumprod holds values outside [0, 1] (or NaN); it must be a product of 1 - beta"
-        )
+        raise ValueError("alphas_cumprod holds values outside [0, 1] (or NaN); it must be a product of 1 - beta")
     return values.tolist()
 
 

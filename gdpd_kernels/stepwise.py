@@ -85,9 +85,7 @@ def reverse_sample(
     )
 
 
-def denoise(
-    denoiser: Denoiser, z: Tensor, timesteps: Tensor, cond: Tensor | None, compute: torch.dtype
-) -> Tensor:
+def denoise(denoiser: Denoiser, z: Tensor, timesteps: Tensor, cond: Tensor | None, compute: torch.dtype) -> Tensor:
     """One prediction; arguments as in `gdpd_kernels.denoise`."""
     return _predictor(denoiser, cond, compute)(z, timesteps)
 

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from installed import install, use
+from installed import checked, install, use
 
 NATIVE = """
 assert list(gk.info.collect()["built"]["native"]["instruction_sets"]) == ["baseline"], "another module was found"
@@ -58,17 +58,5 @@ def faults(sdist: Path) -> Iterator[str]:
                 yield f"{case}: {wrong}"
 
 
-def main(paths: list[str]) -> int:
-    """Check every sdist; 1 if anything is wrong, or if there is none."""
-    wrong = [] if paths else ["no sdist given"]
-    for path in map(Path, paths):
-        found = list(faults(path))
-        wrong += [f"{path.name}: {fault}" for fault in found]
-        print(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB, {len(found)} faults")
-    for fault in wrong:
-        print(fault, file=sys.stderr)
-    return 1 if wrong else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(checked(sys.argv[1:], "sdist", faults))

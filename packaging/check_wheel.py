@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from email.parser import Parser
 from pathlib import Path
 
-from installed import install, use
+from installed import checked, install, use
 
 MOST_BYTES = 5_000_000
 HEAVY = {"torch", "numpy"}  # all that a plain install may ask for
@@ -62,17 +62,5 @@ def smoke(wheel: Path) -> Iterator[str]:
             yield wrong
 
 
-def main(paths: list[str]) -> int:
-    """Check every wheel; 1 if anything is wrong, or if there is none."""
-    wrong = [] if paths else ["no wheel given"]
-    for path in map(Path, paths):
-        found = [*faults(path), *smoke(path)]
-        wrong += [f"{path.name}: {fault}" for fault in found]
-        print(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB, {len(found)} faults")
-    for fault in wrong:
-        print(fault, file=sys.stderr)
-    return 1 if wrong else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(checked(sys.argv[1:], "wheel", lambda path: [*faults(path), *smoke(path)]))

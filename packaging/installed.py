@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 CLONE = str(Path(__file__).resolve().parents[1])
@@ -46,3 +46,15 @@ def use(folder: Path, script: str) -> str:
         check=False,
     )
     return done.stderr.strip() if done.returncode else ""
+
+
+def checked(paths: list[str], kind: str, faults: Callable[[Path], Iterable[str]]) -> int:
+    """Look for faults in every file and tell them; 1 if there is any, or no file."""
+    wrong = [] if paths else [f"no {kind} given"]
+    for path in map(Path, paths):
+        found = list(faults(path))
+        wrong += [f"{path.name}: {fault}" for fault in found]
+        print(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB, {len(found)} faults")
+    for fault in wrong:
+        print(fault, file=sys.stderr)
+    return 1 if wrong else 0

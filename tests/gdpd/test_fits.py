@@ -89,7 +89,8 @@ def test_features_alone_can_be_the_hint() -> None:
     z = made.student(data.x_prefix)[0]
     assert data.z_long is not None
     expected = sum(
-        (made.regressor(z[i]) - data.z_long[i]).pow(2).sum() for i in range(6)  # type: ignore[operator, arg-type]
+        (made.regressor(z[i]) - data.z_long[i]).pow(2).sum()
+        for i in range(6)  # type: ignore[operator, arg-type]
     ) / (6 * TEACHER_DIM)
     torch.testing.assert_close(hint, expected.detach())  # type: ignore[union-attr]
 

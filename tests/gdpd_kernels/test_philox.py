@@ -53,9 +53,7 @@ def reference_words(seed: int, group: int, row: int, step: int, sample: int) -> 
     sample=st.integers(0, ALL_ONES),
     as_tensor=st.booleans(),
 )
-def test_words_sit_at_their_counters(
-    seed: int, row: int, group: int, step: int, sample: int, as_tensor: bool
-) -> None:
+def test_words_sit_at_their_counters(seed: int, row: int, group: int, step: int, sample: int, as_tensor: bool) -> None:
     words = philox_words(torch.tensor(seed) if as_tensor else seed, 7, 23, step, sample)
     assert words.shape == (7, 6, 4)
     assert words.dtype == torch.int64
@@ -127,9 +125,7 @@ def test_empty_matrices_have_their_shape() -> None:
 
 
 def test_traced_with_a_seed_tensor_gives_the_same_noise() -> None:
-    compiled = torch.compile(
-        lambda seed: philox_normal(seed, 5, 9, step=3), fullgraph=True, backend="aot_eager"
-    )
+    compiled = torch.compile(lambda seed: philox_normal(seed, 5, 9, step=3), fullgraph=True, backend="aot_eager")
     seed = torch.tensor(-987654321012345)
     assert torch.equal(compiled(seed), philox_normal(-987654321012345, 5, 9, step=3))
 

@@ -23,9 +23,7 @@ def their_scheduler(*, prediction: str = "eps", **options: object) -> DDIMSchedu
     # In float64 the comparison is of formulas; what float32 does to a schedule is compared apart.
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
     scheduler.final_alpha_cumprod = (
-        torch.tensor(1.0, dtype=torch.float64)
-        if scheduler.config.set_alpha_to_one
-        else scheduler.alphas_cumprod[0]
+        torch.tensor(1.0, dtype=torch.float64) if scheduler.config.set_alpha_to_one else scheduler.alphas_cumprod[0]
     )
     return scheduler
 
@@ -47,9 +45,7 @@ def test_betas_and_alpha_bar_agree_with_diffusers(schedule: str) -> None:
     assert betas.dtype == torch.float64
     torch.testing.assert_close(betas.float(), theirs.betas, rtol=1e-5, atol=1e-9)
     # diffusers multiplies 777 factors in float32, which the last entries of the cosine schedule show.
-    torch.testing.assert_close(
-        alphas_cumprod(schedule, 777).float(), theirs.alphas_cumprod, rtol=1e-4, atol=1e-8
-    )
+    torch.testing.assert_close(alphas_cumprod(schedule, 777).float(), theirs.alphas_cumprod, rtol=1e-4, atol=1e-8)
 
 
 @settings(max_examples=60, deadline=None)
@@ -98,9 +94,7 @@ def test_stride_rule_agrees_with_diffusers_on_every_shared_setting(
 def test_next_rule_agrees_with_diffusers_on_leading_grids(
     steps: int, total: int, offset: int, eta: float, set_alpha_to_one: bool
 ) -> None:
-    scheduler = their_scheduler(
-        num_train_timesteps=total, steps_offset=offset, set_alpha_to_one=set_alpha_to_one
-    )
+    scheduler = their_scheduler(num_train_timesteps=total, steps_offset=offset, set_alpha_to_one=set_alpha_to_one)
     scheduler.set_timesteps(steps)
     table = ddim_table(
         num_inference_steps=steps,
@@ -118,9 +112,7 @@ def test_named_schedules_agree_with_diffusers_to_float32(schedule: str, predicti
     scheduler = their_scheduler(beta_schedule=THEIR_SCHEDULE[schedule], prediction=prediction)
     scheduler.set_timesteps(10)
     table = ddim_table(1000, 10, schedule, prediction=prediction)
-    theirs = ddim_table(
-        num_inference_steps=10, alphas_cumprod=scheduler.alphas_cumprod, prediction=prediction
-    )
+    theirs = ddim_table(num_inference_steps=10, alphas_cumprod=scheduler.alphas_cumprod, prediction=prediction)
     torch.testing.assert_close(torch.tensor(table.flat), torch.tensor(theirs.flat), rtol=1e-3, atol=1e-5)
 
 
@@ -139,9 +131,7 @@ def test_lower_window_is_the_second_half_of_diffusers_double_grid() -> None:
     prediction=st.sampled_from(["eps", "x0", "v"]),
     schedule=st.sampled_from(["linear", "scaled_linear", "cosine"]),
 )
-def test_a_perfect_prediction_lands_on_the_clean_sample(
-    grid: set[int], prediction: str, schedule: str
-) -> None:
+def test_a_perfect_prediction_lands_on_the_clean_sample(grid: set[int], prediction: str, schedule: str) -> None:
     walked = sorted(grid, reverse=True)
     table = ddim_table(timesteps=walked, beta_schedule=schedule, prediction=prediction)
     x0, eps = 0.7, -1.3
