@@ -260,13 +260,14 @@ def tables(file: Path, folder: Path) -> dict[str, str]:
 
 
 def _variants(labels: Sequence[str], runs: Sequence[RunRecord], full: Sequence[str], chosen: Sequence[Result]) -> str:
-    """Each variant of a method, beside the methods of the main tables where all of these ran too, and its prior."""
+    """Each variant of a method, beside the methods of the main tables where all of these ran too; its prior if any."""
     told = []
     for label in labels:
         if any(run.method == label for run in runs):
             found = compare(run for run in runs if run.method in (*full, label))
             learned = prior(chosen, [name for name in ("base", "kd", "gdpd") if name in full], label)
-            told += [f"`{label}`, {_covered(found)}:", *map(markdown, (standings(found), pairs(found, label), learned))]
+            rows = [standings(found), pairs(found, label), *([learned] if len(learned) > 1 else [])]
+            told += [f"`{label}`, {_covered(found)}:", *map(markdown, rows)]
     return "\n\n".join(told) or "No variant has run."
 
 

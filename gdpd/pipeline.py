@@ -20,7 +20,7 @@ from torch import Tensor
 
 import gdpd_kernels as gk
 from gdpd_kernels.backends import reference
-from gdpd_kernels.ops import transformed
+from gdpd_kernels.library import transformed
 from gdpd_kernels.tracing import prediction_of
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gdpd_kernels.capture import CapturedDenoiser
-from gdpd_kernels.ops import transformed
+from gdpd_kernels.library import transformed
 from gdpd_kernels.program import DenoiserProgram
 
 _COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

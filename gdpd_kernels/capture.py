@@ -20,8 +20,8 @@ from torch._C import _len_torch_function_stack
 from torch.overrides import _pop_mode, _push_mode
 
 from gdpd_kernels.agreement import check_agreement
+from gdpd_kernels.library import is_plain
 from gdpd_kernels.lowering import CaptureError, Lowered, lower
-from gdpd_kernels.ops import is_plain
 from gdpd_kernels.program import DenoiserProgram
 from gdpd_kernels.prologue import Prologue
 from gdpd_kernels.tracing import Trace, prediction_of, trace

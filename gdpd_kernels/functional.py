@@ -26,6 +26,7 @@ from gdpd_kernels.arguments import (
 from gdpd_kernels.backends import BackendError, BackendFallback, Request, load, resolve, saved_numel
 from gdpd_kernels.capture import CapturedDenoiser, CaptureError, capture
 from gdpd_kernels.hidden_walk import HiddenWalk, hidden_walk
+from gdpd_kernels.library import transformed
 from gdpd_kernels.passes import Rewrite, fold_batch_norm_eval, fold_time_tables, tables_as_rows
 from gdpd_kernels.philox import philox_words
 from gdpd_kernels.program import DenoiserProgram
@@ -401,7 +402,7 @@ def _captured(denoiser: Denoiser, features: int, cond: Tensor | None, backend: s
     """The captured denoiser, or None where the module itself runs: it cannot be captured, or a transform is active."""
     if not isinstance(denoiser, (nn.Module, CapturedDenoiser)):
         raise TypeError(f"denoiser: expected an nn.Module or what capture() returns, got {type(denoiser).__name__}")
-    if ops.transformed():
+    if transformed():
         stepwise.check_backend(backend)
         _note_stepwise("a transform of torch.func (vmap, grad, jvp, ...) or forward mode is active")
         return None

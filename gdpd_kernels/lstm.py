@@ -10,7 +10,7 @@ from torch import Tensor
 from gdpd_kernels import lstm_ops
 from gdpd_kernels.arguments import check_range, check_tensor, philox_key
 from gdpd_kernels.backends import BackendError, _warn_once, native_lstm, torch_lstm
-from gdpd_kernels.ops import transformed
+from gdpd_kernels.library import transformed
 from gdpd_kernels.ranges import ranged
 
 BACKENDS = ("native", "torch", "reference")  # in the order in which "auto" tries them

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from gdpd_kernels.backends import native_lstm, reference_lstm
 from gdpd_kernels.backends.reference_backend import without_autocast
-from gdpd_kernels.ops import _TAGS, LIBRARY, _differentiable_gradients, _dtype_of, _implement, is_plain, plain_apply
+from gdpd_kernels.library import DTYPES, LIBRARY, TAGS, differentiable_gradients, implement, is_plain, plain_apply
 
 BACKENDS: dict[str, ModuleType] = {"native": native_lstm, "reference": reference_lstm}
 
@@ -39,16 +39,16 @@ _INPUTS = "Tensor x, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? seed, Tens
 LIBRARY.define(
     f"lstm({_INPUTS}, bool batch_first, bool last, float dropout, str backend, str compute_dtype, bool save) "
     "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor[] saved)",
-    tags=_TAGS,
+    tags=TAGS,
 )
 LIBRARY.define(
     f"lstm_backward(Tensor? grad_output, Tensor? grad_h, Tensor? grad_c, {_INPUTS}, Tensor[] saved, "
     "bool batch_first, float dropout, str backend, str compute_dtype, int[] wanted) -> Tensor[]",
-    tags=_TAGS,
+    tags=TAGS,
 )
 
 
-@_implement("lstm")
+@implement("lstm")
 def _lstm(
     x: Tensor,
     h0: Tensor | None,
@@ -65,7 +65,7 @@ def _lstm(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     run: Any = BACKENDS[backend].forward
     found: tuple[Tensor, Tensor, Tensor, list[Tensor]] = run(
-        x, h0, c0, lengths, seed, params, batch_first, last, dropout, _dtype_of[compute_dtype], save
+        x, h0, c0, lengths, seed, params, batch_first, last, dropout, DTYPES[compute_dtype], save
     )
     return found
 
@@ -94,7 +94,7 @@ def _(
     return output, states[0], states[1], [x.new_empty(numel) for _ in range(keeps)]
 
 
-@_implement("lstm_backward")
+@implement("lstm_backward")
 def _lstm_backward(
     grad_output: Tensor | None,
     grad_h: Tensor | None,
@@ -114,7 +114,7 @@ def _lstm_backward(
 ) -> list[Tensor]:
     run: Any = BACKENDS[backend].backward
     given = grad_output, grad_h, grad_c, x, h0, c0, lengths, seed, params, saved
-    found: list[Tensor] = run(*given, batch_first, dropout, _dtype_of[compute_dtype], wanted)
+    found: list[Tensor] = run(*given, batch_first, dropout, DTYPES[compute_dtype], wanted)
     return found
 
 
@@ -175,12 +175,12 @@ class _Lstm(torch.autograd.Function):
         elif torch.is_grad_enabled():
             # create_graph=True: backward is to be differentiated itself, which plain PyTorch can do and a kernel cannot
             with without_autocast(x.device.type):
-                dtype = _dtype_of[compute_dtype]
+                dtype = DTYPES[compute_dtype]
                 results = reference_lstm.lstm(
                     x, h0, c0, lengths, seed, params, batch_first, given[0] is None, dropout, dtype
                 )
                 total = reference_lstm.inner_product(results, given)
-                found = _differentiable_gradients(total, [inputs[i] for i in positions], None)
+                found = differentiable_gradients(total, [inputs[i] for i in positions], None)
         else:
             plain = is_plain(next(grad for grad in given if grad is not None))
             run = _lstm_backward if plain else torch.ops.gdpd_kernels.lstm_backward

@@ -27,15 +27,15 @@ keep the state's dtype.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from gdpd_kernels.backends import load, reference, reference_backend, saved_numel
 from gdpd_kernels.backends.reference_backend import steps_of, without_autocast
+from gdpd_kernels.library import DTYPES, LIBRARY, TAGS, differentiable_gradients, implement, is_plain, plain_apply
 from gdpd_kernels.program import DenoiserProgram
 from gdpd_kernels.ranges import span
 
@@ -44,86 +44,39 @@ from gdpd_kernels.ranges import span
 SAVE_NOTHING, SAVE_VALUES, SAVE_STATES, SAVE_VALUES_FOR_INPUTS = 0, 1, 2, 3
 
 _parse = DenoiserProgram.parse
-_dtype_of = {
-    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-}
-
-LIBRARY = torch.library.Library("gdpd_kernels", "DEF")
-_TAGS = (torch.Tag.needs_fixed_stride_order,)
 
 LIBRARY.define(
     "reverse_sample(Tensor z_short, Tensor? alpha, Tensor? noise, Tensor? seed, Tensor[] rows, Tensor[] tables, "
     "Tensor[] params, str program, float[] coefficients, int num_samples, str backend, str compute_dtype, int save) "
     "-> (Tensor z_hat, Tensor stats, Tensor saved)",
-    tags=_TAGS,
+    tags=TAGS,
 )
 LIBRARY.define(
     "reverse_sample_backward(Tensor grad, Tensor z_short, Tensor? alpha, Tensor? noise, Tensor? seed, Tensor[] rows, "
     "Tensor[] tables, Tensor[] params, Tensor stats, Tensor saved, str program, float[] coefficients, "
     "int num_samples, str backend, str compute_dtype, int save, int[] wanted) -> Tensor[]",
-    tags=_TAGS,
+    tags=TAGS,
 )
 LIBRARY.define(
     "prior_loss(Tensor z_long, Tensor? noise, Tensor? seed, Tensor signal, Tensor sigma, Tensor[] rows, "
     "Tensor[] tables, Tensor[] params, str program, str prediction, str backend, str compute_dtype, int[] wanted) "
     "-> (Tensor loss, Tensor stats, Tensor[] gradients)",
-    tags=_TAGS,
+    tags=TAGS,
 )
 LIBRARY.define(
     "prior_loss_backward(Tensor grad, Tensor z_long, Tensor? noise, Tensor? seed, Tensor signal, Tensor sigma, "
     "Tensor[] rows, Tensor[] tables, Tensor[] params, str program, str prediction, str compute_dtype, int[] wanted) "
     "-> Tensor[]",
-    tags=_TAGS,
+    tags=TAGS,
 )
 LIBRARY.define(
     "update_running_stats_(Tensor(a!)[] means, Tensor(b!)[] variances, Tensor(c!)[] counters, Tensor stats, "
     "int[] widths, float[] momenta, SymInt rows, str backend) -> ()",
-    tags=_TAGS,
+    tags=TAGS,
 )
 
 
-def is_plain(tensor: Any) -> bool:
-    """Whether an operator call on `tensor` would reach its kernel as it is: an eager call that no mode, functorch
-    transform or profiler watches. Such a call may skip the dispatcher, which takes as long as a small sampler to carry
-    thirty parameters there and back."""
-    return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not transformed()
-        and not torch.autograd._profiler_enabled()
-    )
-
-
-def transformed() -> bool:
-    """Whether a transform of torch.func (vmap, grad, jvp, ...) or forward-mode differentiation is active, which see
-    through plain PyTorch only."""
-    return not torch.compiler.is_compiling() and (
-        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-    )
-
-
-def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """What `function.apply` ends in, for plain calls (`is_plain`). On its way there it looks at every argument in
-    Python, for what transforms of functorch may have left behind; here that look is taken in C."""
-    enter = super(torch.autograd.Function, function).apply  # type: ignore[misc]
-    unwrap = torch._C._functorch.unwrap_if_dead
-
-    def apply(plain: bool, *arguments: Any) -> Any:
-        return enter(plain, *[unwrap(x) if isinstance(x, Tensor) else x for x in arguments])
-
-    return apply
-
-
-def _implement(name: str) -> Any:
-    def register(function: Any) -> Any:
-        LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-        return function
-
-    return register
-
-
-@_implement("reverse_sample")
+@implement("reverse_sample")
 def _reverse_sample(
     z_short: Tensor,
     alpha: Tensor | None,
@@ -140,7 +93,7 @@ def _reverse_sample(
     save: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     run = load(backend).reverse_sample
-    steps, dtype = len(coefficients) // 3, _dtype_of[compute_dtype]
+    steps, dtype = len(coefficients) // 3, DTYPES[compute_dtype]
     with span("sampler forward", batch=z_short.shape[0], steps=steps, samples=num_samples, backend=backend):
         return run(
             _parse(program), z_short, alpha, noise, seed, rows, tables, params, coefficients, num_samples, dtype, save
@@ -172,7 +125,7 @@ def _(
     )
 
 
-@_implement("reverse_sample_backward")
+@implement("reverse_sample_backward")
 def _reverse_sample_backward(
     grad: Tensor,
     z_short: Tensor,
@@ -193,7 +146,7 @@ def _reverse_sample_backward(
     wanted: list[int],
 ) -> list[Tensor]:
     run = load(backend).reverse_sample_backward
-    steps, dtype = len(coefficients) // 3, _dtype_of[compute_dtype]
+    steps, dtype = len(coefficients) // 3, DTYPES[compute_dtype]
     with span("sampler backward", batch=z_short.shape[0], steps=steps, samples=num_samples, backend=backend):
         return run(
             grad, _parse(program), z_short, alpha, noise, seed, rows, tables, params, stats, saved, coefficients,
@@ -271,9 +224,9 @@ class _Sample(torch.autograd.Function):
                     params,
                     steps_of(coefficients),
                     num_samples,
-                    _dtype_of[compute_dtype],
+                    DTYPES[compute_dtype],
                 )
-                found = _differentiable_gradients(z_hat, [inputs[i] for i in positions], grad)
+                found = differentiable_gradients(z_hat, [inputs[i] for i in positions], grad)
         else:
             op = torch.ops.gdpd_kernels.reverse_sample_backward
             run = _reverse_sample_backward if is_plain(grad) else op
@@ -320,12 +273,7 @@ def reverse_sample(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _autograd_sample(*arguments, plain=True) if torch.is_grad_enabled() else _reverse_sample(*arguments)
 
 
-def _differentiable_gradients(output: Tensor, inputs: list[Tensor], grad: Tensor | None) -> list[Tensor]:
-    found = torch.autograd.grad(output, inputs, grad, create_graph=True, allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
-
-
-@_implement("prior_loss")
+@implement("prior_loss")
 def _prior_loss(
     z_long: Tensor,
     noise: Tensor | None,
@@ -352,7 +300,7 @@ def _prior_loss(
         tables,
         params,
         prediction,
-        _dtype_of[compute_dtype],
+        DTYPES[compute_dtype],
         wanted,
     )
 
@@ -378,11 +326,11 @@ def _(
     return z_long.new_empty(()), z_long.new_empty(1, _parse(program).stats_width), gradients
 
 
-@_implement("prior_loss_backward")
+@implement("prior_loss_backward")
 def _prior_loss_backward(grad: Tensor, *arguments: Any) -> list[Tensor]:
     *tensors, program, prediction, compute_dtype, wanted = arguments
     run: Any = reference_backend.prior_loss_backward
-    found: list[Tensor] = run(grad, _parse(program), *tensors, prediction, _dtype_of[compute_dtype], wanted)
+    found: list[Tensor] = run(grad, _parse(program), *tensors, prediction, DTYPES[compute_dtype], wanted)
     return found
 
 
@@ -437,9 +385,9 @@ class _Loss(torch.autograd.Function):
                     tables,
                     params,
                     prediction,
-                    _dtype_of[compute_dtype],
+                    DTYPES[compute_dtype],
                 )
-                found = _differentiable_gradients(loss, [inputs[i] for i in wanted], grad)
+                found = differentiable_gradients(loss, [inputs[i] for i in wanted], grad)
         elif _fuses(backend):
             found = list(torch._foreach_mul(unit, grad))
         else:
@@ -483,7 +431,7 @@ def prior_loss(*arguments: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     return _autograd_loss(*arguments, plain=True) if torch.is_grad_enabled() else _prior_loss(*arguments)
 
 
-@_implement("update_running_stats_")
+@implement("update_running_stats_")
 def _update_running_stats(*arguments: Any) -> None:
     *tensors_and_numbers, backend = arguments
     load(backend).update_running_stats(*tensors_and_numbers)
