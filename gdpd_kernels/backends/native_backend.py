@@ -200,10 +200,10 @@ def _operands(
     tensors = [*rows, *tables, *params]
     ends = sizes.counts[0], sum(sizes.counts)
     if (len(rows), len(tables)) != sizes.counts or len(tensors) != len(sizes.shapes):
-        takes = [*sizes.counts, len(sizes.shapes) - ends[1]]
-        raise ValueError(
-            f"{len(rows)} rows, {len(tables)} tables and {len(params)} params are given; the program takes {takes}"
-        )
+        counts = {"rows": sizes.counts[0], "tables": sizes.counts[1], "params": len(sizes.shapes) - ends[1]}
+        for (name, takes), given in zip(counts.items(), (rows, tables, params), strict=True):
+            if len(given) != takes:
+                raise ValueError(f"{name}: {len(given)} tensors; the program takes {takes}")
     addresses: list[int] | None = _load().dense_addresses(tensors, sizes.shapes, dtype)  # type: ignore[union-attr]
     if addresses is None:
         names = ["rows"] * ends[0] + ["tables"] * sizes.counts[1] + ["params"] * len(params)
