@@ -10,8 +10,11 @@ from pathlib import Path
 
 CLONE = str(Path(__file__).resolve().parents[1])
 
-# Begins every script that `use` runs: nothing may come from the clone.
+# Begins every script that `use` runs: nothing may come from the clone, where an editable install would look for the
+# compiled module that an installed package lacks.
 BEGINNING = f"""
+import sys
+sys.meta_path[:] = [x for x in sys.meta_path if not getattr(x, "__module__", "").startswith("__editable__")]
 import torch, gdpd_kernels as gk
 assert not gk.__file__.startswith({CLONE + os.sep!r}), gk.__file__
 class Denoiser(torch.nn.Module):
