@@ -21,7 +21,7 @@ import torch
 from gdpd_kernels import __version__
 from gdpd_kernels.backends import backends
 
-_PACKAGES = ("torch", "numpy", "triton")
+_PACKAGES = ("numpy", "triton")
 # What the kernels choose their code by, in the spelling of /proc/cpuinfo.
 _FEATURES: tuple[str, ...] = (
     "sse4_2",
@@ -50,6 +50,7 @@ def collect() -> dict[str, Any]:
         "versions": {
             "gdpd_kernels": __version__,
             "python": platform.python_version(),
+            "torch": torch.__version__,  # with the build, such as +cu130, which a wheel's name may lack
             **{name: _version(name) for name in _PACKAGES},
         },
         "machine": _machine(),
