@@ -50,6 +50,8 @@ PROGRAMS: dict[str, Callable[[int], nn.Module]] = {
     SPLIT_PROGRAM: lambda n: PaperDenoiser(n).train(),
     "AdaLN head": lambda n: _head(n),
 }
+# Keys of the kernels beside the split plan's that spill all the same; docs/gpu.md, Known weaknesses.
+SPILLING = frozenset({"paper's network, training|32|sm_90|tf32|backward"})
 _CONDITION = 32
 ONLY = {"MLP with hidden layers of 256": (100,), SPLIT_PROGRAM: SELECTED}  # the others come in every width
 

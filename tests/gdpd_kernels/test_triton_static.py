@@ -90,8 +90,9 @@ def test_recorded_kernels_keep_their_promises() -> None:
     assert len(records()) >= 16
     for key, found in records().items():
         assert_fits(cells[key], found)
-        # docs/gpu.md, Known weaknesses: the split plan alone may spill, and how much is shown.
-        assert found["plan"] == "split" or (found["spills"], found["stack"]) == (0, 0), key
+    spilling = {key for key, found in records().items() if found["spills"] or found["stack"]}
+    # docs/gpu.md, Known weaknesses: what the split plan spills is shown there.
+    assert {key for key in spilling if records()[key]["plan"] != "split"} == gpu_grid.SPILLING
 
 
 @pytest.mark.parametrize("name", gpu_grid.PROGRAMS)

@@ -144,9 +144,7 @@ class StreamBackwardWalk(StreamWalk, BackwardWalk):
         (piece,) = self.partitions[name]
         self.close()
         mean, inverse = self.moments_of_rows(op)
-        along, level = (
-            self.new(stem, "tl.zeros([BLOCK, 1], tl.float32)") for stem in ("along", "level")
-        )
+        along, level = (self.new(stem, "tl.zeros([BLOCK, 1], tl.float32)") for stem in ("along", "level"))
 
         def gradient_and_hat() -> tuple[str, str, str]:
             self.enter(width)

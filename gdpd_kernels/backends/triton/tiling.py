@@ -66,7 +66,9 @@ def tile(program: DenoiserProgram, total: int, precision: str, architecture: str
     warps = 4 if rows * padded <= 1024 else 8
     if program.batch_norms:
         return Tile(rows, warps, _CHUNK), SPLIT
-    if rows * sum(map(_padded, program.widths.values())) <= _REGISTERS_OF_VALUES * 32 * warps:
+    # More than four warps of AMD's 64 threads leave each with so few registers that they count as four of 32.
+    threads = 32 * (4 if architecture == "hip" else warps)
+    if rows * sum(map(_padded, program.widths.values())) <= _REGISTERS_OF_VALUES * threads:
         return Tile(rows, warps, _CHUNK), REGISTERS
     return _in_memory(rows, architecture), MEMORY
 
