@@ -53,7 +53,7 @@ wheel-test: $(VENV)/.dev  ## the kernels' tests on the wheel in dist/ with anoth
 	rm -rf build/wheel-test && mkdir -p build/wheel-test && cp -r tests/gdpd_kernels build/wheel-test/tests
 	$(PY) -m venv build/wheel-test/env
 	build/wheel-test/env/bin/python -m pip install --disable-pip-version-check --no-compile --quiet \
-	  "torch==$(TORCH)" dist/*.whl "pytest>=8.2" "hypothesis>=6.100" "diffusers>=0.35"
+	  "torch==$(TORCH)" "$$(ls dist/*.whl)[triton]" "pytest>=8.2" "hypothesis>=6.100" "diffusers>=0.35"
 	cd build/wheel-test/tests && ../env/bin/python -c "import gdpd_kernels as gk; native = gk.backends()[0]; \
 	  assert 'site-packages' in gk.__file__ and native['usable'], (gk.__file__, native)"
 	cd build/wheel-test/tests && ../env/bin/python -m pytest -q -m "not gpu" --ignore=test_triton_static.py
