@@ -37,7 +37,7 @@ docs: $(VENV)/.dev  ## links and docstrings, then the documentation as a site in
 bench: $(VENV)/.dev  ## every benchmark once, at its smallest size, to see that it runs
 	$(PY) -m bench.smoke
 
-wheel: $(VENV)/.dev  ## sdist and manylinux wheel in dist/, built without torch, checked and tried, the sdist without a compiler too
+wheel: $(VENV)/.dev  ## sdist and manylinux wheel in dist/, built without torch, checked and tried
 	rm -rf dist
 	$(PY) -m build --outdir dist/plain
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m auditwheel repair --wheel-dir dist dist/plain/*.whl

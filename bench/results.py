@@ -158,21 +158,21 @@ def prior(results: Sequence[Result], baselines: Sequence[str], method: str = "gd
 def trials(grid: Grid, results: Sequence[Result]) -> Rows:
     """What each trial of each method's search scored on validation data, mean over the cells that all its trials have.
 
-    In bold the best by the grid's search score; ties go to the lower cross-entropy. Test scores are not asked.
+    In bold the best by AUC-PRC; ties go to the lower cross-entropy. Test scores are not asked.
     """
     rows: Rows = [("method", "trial", "cells", "validation AUC-PRC", "validation cross-entropy")]
     by_key = {row.key: row for row in results}
-    for label in grid.methods:
-        found: dict[str, dict[tuple[str, float, int], Result]] = {}
-        for job in grid.jobs():
-            if job.label == label and job.key in by_key:
-                told = ", ".join(f"{name} = {value}" for name, value in job.trial.items())
-                row = by_key[job.key]
-                found.setdefault(told, {})[row.dataset, row.earliness, row.seed] = row
-        cells = set.intersection(*map(set, found.values())) if found else set()
+    found: dict[str, dict[str, dict[tuple[str, float, int], Result]]] = {label: {} for label in grid.methods}
+    for job in grid.jobs():
+        if job.key in by_key:
+            row = by_key[job.key]
+            told = ", ".join(f"{name} = {value}" for name, value in job.trial.items())
+            found[job.label].setdefault(told, {})[row.dataset, row.earliness, row.seed] = row
+    for label, by_trial in found.items():
+        cells = set.intersection(*map(set, by_trial.values())) if by_trial else set()
         means = {
-            told: (np.mean([rows[cell].val_auc_prc for cell in cells]), np.mean([rows[cell].val_ce for cell in cells]))
-            for told, rows in found.items()
+            told: tuple(np.mean([getattr(of[cell], score) for cell in cells]) for score in ("val_auc_prc", "val_ce"))
+            for told, of in by_trial.items()
             if cells
         }
         best = min(means, key=lambda told: (-means[told][0], means[told][1]), default="")
@@ -255,37 +255,28 @@ def tables(file: Path, folder: Path) -> dict[str, str]:
     }
     told = {name: markdown(rows) for name, rows in made.items()}
     told["variants"] = _variants(varied, runs, full, chosen)
-    told["late"] = "All methods are in the tables above." if not late else _late(runs, full, late)
+    behind = [_beside(runs, full, method, method_title(method)) for method in late]
+    told["late"] = "\n\n".join(behind) or "All methods are in the tables above."
     return told
 
 
 def _variants(labels: Sequence[str], runs: Sequence[RunRecord], full: Sequence[str], chosen: Sequence[Result]) -> str:
-    """Each variant of a method, beside the methods of the main tables where all of these ran too; its prior if any."""
+    """Each variant of a method that has run, beside the methods of the main tables, and its prior if any."""
     told = []
     for label in labels:
         if any(run.method == label for run in runs):
-            found = compare(run for run in runs if run.method in (*full, label))
             learned = prior(chosen, [name for name in ("base", "kd", "gdpd") if name in full], label)
-            rows = [standings(found), pairs(found, label), *([learned] if len(learned) > 1 else [])]
-            told += [f"`{label}`, {_covered(found)}:", *map(markdown, rows)]
+            told += [_beside(runs, full, label, f"`{label}`"), *([markdown(learned)] if len(learned) > 1 else [])]
     return "\n\n".join(told) or "No variant has run."
 
 
-def _late(runs: Sequence[RunRecord], full: Sequence[str], late: Sequence[str]) -> str:
-    """Each method that has fewer runs, beside those of the main tables, where all of these ran too."""
-    told = []
-    for method in late:
-        try:
-            found = compare(run for run in runs if run.method in (*full, method))
-        except ValueError:
-            told += [f"{method_title(method)}: no cell yet that all methods have."]
-            continue
-        told += [
-            f"{method_title(method)}, {_covered(found)}:",
-            markdown(standings(found)),
-            markdown(pairs(found, method)),
-        ]
-    return "\n\n".join(told)
+def _beside(runs: Sequence[RunRecord], full: Sequence[str], method: str, title: str) -> str:
+    """A method with fewer runs, beside those of the main tables, where all of these ran too."""
+    try:
+        found = compare(run for run in runs if run.method in (*full, method))
+    except ValueError:
+        return f"{title}: no cell yet that all methods have."
+    return "\n\n".join([f"{title}, {_covered(found)}:", markdown(standings(found)), markdown(pairs(found, method))])
 
 
 def _covered(found: Comparison) -> str:
