@@ -14,9 +14,10 @@ from gdpd.distillers.reverse import ReverseDistiller
 from gdpd.likelihood import guided_reverse
 from gdpd.models import Classifier
 from gdpd.options import nearest
+from gdpd.sampler import noise_fused_init
 from gdpd_kernels.ranges import span
 
-CONDITIONINGS = ("fusion", "guidance")
+CONDITIONINGS = ("fusion", "guidance", "start")
 
 
 class GDPD(ReverseDistiller):
@@ -46,9 +47,12 @@ class GDPD(ReverseDistiller):
             prior is the function that was learned. trans, fusion and proj learn on: no loss of the first stage
             reaches them. False lets the denoiser learn from the classification loss, as the release does.
         num_samples: J, draws of eps per series and step.
+        learn_prior: False is a control: the first stage has no loss of the prior, whose networks know nothing of the
+            teacher's features then.
         conditioning: how z_short enters the reverse process: "fusion" (the start above), or "guidance", an ablation:
             from pure noise, every step is drawn to trans(z_short) by likelihood guidance (`gdpd.likelihood`). That
-            takes window="full" and eta=0, runs step by step in Python, and is slow.
+            takes window="full" and eta=0, runs step by step in Python, and is slow. "start" is a control: z_hat is
+            the start itself, and no reverse process runs.
         guidance_scale: step size of "guidance".
         alpha: "per_sample", "per_dimension" or a number in [0, 1], see `gdpd.fusion.NoiseFusion`.
         target_space: "autoencoder" or "identity", see `gdpd.prior.FeaturePrior`.
@@ -76,6 +80,7 @@ class GDPD(ReverseDistiller):
         hinton: bool = True,
         temperature: float = 2.0,
         freeze_prior: bool = False,
+        learn_prior: bool = True,
         num_samples: int = 1,
         conditioning: str = "fusion",
         guidance_scale: float = 1.0,
@@ -129,6 +134,11 @@ class GDPD(ReverseDistiller):
                 "guidance starts at pure noise, draws none on the way and guides the prior's own steps. Use "
                 "window='full' and eta=0, consistency_steps=0."
             )
+        if not learn_prior and consistency_steps:
+            raise ValueError(
+                f"learn_prior={learn_prior} with consistency_steps={consistency_steps}: a denoiser for few steps is "
+                "distilled from a prior that is learned. Use learn_prior=True, or consistency_steps=0."
+            )
         if not guidance_scale >= 0:
             raise ValueError(f"guidance_scale={guidance_scale} is not a number of at least 0.")
         self.conditioning = conditioning
@@ -136,6 +146,7 @@ class GDPD(ReverseDistiller):
         self.hinton = hinton
         self.temperature = temperature
         self.freeze_prior = freeze_prior
+        self.learn_prior = learn_prior
         self.num_samples = num_samples
 
     def loss(self, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -149,12 +160,12 @@ class GDPD(ReverseDistiller):
         seen: dict[str, Tensor] = {}
         if self.freeze_prior:
             self._move_prior(epoch < self.warmup_epochs)
-        if epoch < self.warmup_epochs:
+        if epoch >= self.warmup_epochs:
+            losses["ce_hat"], seen["alpha"] = self._sampled_cross_entropy(z_short, batch.y)
+        elif self.learn_prior:
             with span("prior"):
                 losses.update(self.prior.losses(self.teacher_features(batch), distil=self._distils(epoch)))
-        else:
-            losses["ce_hat"], seen["alpha"] = self._sampled_cross_entropy(z_short, batch.y)
-        total = ce + self.loss_ratio * functools.reduce(torch.add, losses.values())
+        total = ce + self.loss_ratio * functools.reduce(torch.add, losses.values()) if losses else ce
         parts = {"ce": ce, **losses, **seen}
         return total, {name: part.detach() for name, part in parts.items()}
 
@@ -166,10 +177,13 @@ class GDPD(ReverseDistiller):
             return self.cross_entropy(logits, y if self.num_samples == 1 else y.repeat(self.num_samples)), alpha
 
     def reverse(self, z: Tensor, alpha: Tensor, num_samples: int) -> Tensor:
-        """z_hat [num_samples · batch, A], by fusion or by guidance."""
+        """z_hat [num_samples · batch, A], by fusion or by guidance, or the start as it is."""
         if self.conditioning == "fusion":
             return super().reverse(z, alpha, num_samples)
         z = z.repeat(num_samples, 1)
+        if self.conditioning == "start":
+            alpha = alpha if len(alpha) == 1 else alpha.repeat(num_samples, 1)
+            return noise_fused_init(z, alpha, torch.randn_like(z))
         return guided_reverse(self.prior.sampler, z, torch.randn_like(z), self.table, self.guidance_scale)
 
     def phase(self, epoch: int) -> str:

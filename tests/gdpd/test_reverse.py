@@ -248,9 +248,40 @@ def test_gdpd_takes_the_other_conditioning_and_prediction() -> None:
     assert flow.trajectory(batch().x_prefix)["z_k"].shape == (2, 6, 8)
 
 
+@pytest.mark.parametrize("num_samples", [1, 3])
+@pytest.mark.parametrize("alpha", ["per_sample", 0.3])
+def test_the_control_without_a_reverse_process_classifies_the_start(num_samples: int, alpha: str | float) -> None:
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"conditioning": "start", "alpha": alpha, "num_samples": num_samples, "hinton": False}
+    control, data = GDPD(student(), TEACHER_DIM, warmup_epochs=1, **options).double(), batch()
+    torch.manual_seed(1)
+    loss, parts = control.loss(data, 1)
+    loss.backward()
+    assert all(p.grad is None for p in control.prior.parameters())
+    torch.manual_seed(1)
+    z = control.trans(control.student(data.x_prefix)[0])
+    mixed = control.fusion(z)
+    eps = torch.randn(num_samples, *z.shape, dtype=z.dtype)
+    logits = control.student.classify(control.proj((mixed * z + (1 - mixed) * eps).flatten(0, 1)))
+    expected = torch.nn.functional.cross_entropy(logits, data.y.repeat(num_samples))
+    torch.testing.assert_close(parts["ce_hat"], expected.detach())
+
+
+def test_the_control_without_the_prior_s_losses_learns_from_labels_alone() -> None:
+    control = GDPD(student(), TEACHER_DIM, warmup_epochs=1, learn_prior=False, hinton=False).double()
+    loss, parts = control.loss(batch(), 0)
+    loss.backward()
+    assert set(parts) == {"ce"}
+    torch.testing.assert_close(loss.detach(), parts["ce"])
+    assert all(p.grad is None for p in control.prior.parameters())
+    control.loss(batch(), 1)[0].backward()
+    assert all(p.grad is not None for p in control.prior.sampler.parameters())
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
+        ({"learn_prior": False, "consistency_steps": 10}, "learn_prior=False with consistency_steps=10"),
         ({"conditioning": "guided"}, r"conditioning='guided' is not known \(did you mean 'guidance'\?\)"),
         ({"conditioning": "guidance"}, "window='lower', eta=0.0.*Use window='full' and eta=0"),
         ({"conditioning": "guidance", "window": "full", "consistency_steps": 10}, "consistency_steps=10: guidance"),
