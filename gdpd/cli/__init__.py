@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("GDPD_TRACEBACK") == "1" or not _mendable(error):
             raise
-        return _say(str(error) or type(error).__name__, 2)
+        return _say(_told(error), 2)
 
 
 def _mendable(error: Exception) -> bool:
@@ -52,6 +52,12 @@ def _mendable(error: Exception) -> bool:
     # for. Anything else is a defect of the library and keeps its traceback.
     own = type(error).__module__.split(".")[0] in ("gdpd", "gdpd_kernels")
     return own or isinstance(error, (ValueError, OSError, ImportError))
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"  # in place of [Errno 2] and a file in quotes at the end
+    return str(error) or type(error).__name__
 
 
 def _say(message: str, code: int) -> int:

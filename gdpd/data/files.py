@@ -68,38 +68,47 @@ def find_files(name_or_path: str | os.PathLike[str], data_dir: str | os.PathLike
         data_dir: folder that holds data sets, each in a folder of its own or directly.
 
     Raises:
-        FileNotFoundError: nothing found; the message lists every path that was tried and names close by.
+        FileNotFoundError: nothing found; the message says which files were looked for where, and names close by.
         ValueError: a folder holds several data sets, so that the choice would be a guess.
     """
-    tried: list[Path] = []
     text = os.fspath(name_or_path)
     is_path = isinstance(name_or_path, os.PathLike) or os.sep in text or "/" in text
     roots = search_roots(data_dir)
     if not is_path:
         for root, source in roots:
             for folder in (root / text, root):
-                if (found := _pair(folder, text, source, tried)) is not None:
+                if (found := _pair(folder, text, source)) is not None:
                     return found
-            tried.append(root / "*" / f"{text}_TRAIN.*")  # aeon keeps JapaneseVowels_eq in JapaneseVowels
-            for files in iter_files(root, source):
+            for files in iter_files(root, source):  # aeon keeps JapaneseVowels_eq in JapaneseVowels
                 if files.name == text:
                     return files
     path = Path(text).expanduser()
     if path.is_file():
         return _from_file(path)
     if path.is_dir():
-        return _from_folder(path, tried)
-    tried.append(path)
-    lines = [f"no files of a data set for {text!r}; paths tried:", *(f"  {item}" for item in tried)]
+        return _from_folder(path)
     close = [] if is_path else difflib.get_close_matches(text, known_names(data_dir), n=3, cutoff=0.5)
+    lines = [f"no files of a data set for {text!r}."]
     if close:
-        lines.append(f"names close to it: {', '.join(close)}")
+        lines.append(f"Names close to it: {', '.join(close)}.")
+    if is_path:
+        lines.append(f"There is no folder and no file {path}.")
+    else:
+        folders = ", ".join(str(root) for root, _ in roots) or "no folder: none was given, and no package is installed"
+        lines.append(f"Tried {_told_names(text)}, in each of these folders and in the folders in it: {folders};")
+        lines.append(f"and {text} as a folder or file of the working directory.")
     for package, extra in missing_packages().items():
-        lines.append(f'{package} is not installed, so its sets are missing: pip install "gdpd-kernels[{extra}]"')
+        lines.append(f'{package} is not installed, so its sets are missing: pip install "gdpd-kernels[{extra}]".')
     lines.append(
-        "nothing is ever downloaded: put NAME_TRAIN and NAME_TEST files (.ts, .tsv, .arff or .txt) in a folder"
+        "And nothing is ever downloaded: put NAME_TRAIN and NAME_TEST files (.ts, .tsv, .arff or "
+        ".txt) in a folder, and give it as data_dir; `gdpd datasets` lists what is at hand."
     )
     raise FileNotFoundError("\n".join(lines))
+
+
+def _told_names(name: str) -> str:
+    """The files that are looked for under a name."""
+    return f"{name}_TRAIN{', '.join(EXTENSIONS[:-1])} and {name}{', '.join((*_WHOLE, EXTENSIONS[-1]))}"
 
 
 def known_names(data_dir: str | os.PathLike[str] | None = None) -> list[str]:
@@ -128,7 +137,7 @@ def iter_files(root: Path, source: str) -> Iterable[DatasetFiles]:
     for extension in EXTENSIONS:
         for train in sorted([*root.glob(f"*_TRAIN{extension}"), *root.glob(f"*/*_TRAIN{extension}")]):
             name = train.name.removesuffix(f"_TRAIN{extension}")
-            if name not in seen and (found := _pair(train.parent, name, source, [])) is not None:
+            if name not in seen and (found := _pair(train.parent, name, source)) is not None:
                 seen.add(name)
                 yield found
     for both in sorted([*root.glob("*.npz"), *root.glob("*/*.npz")]):
@@ -137,12 +146,11 @@ def iter_files(root: Path, source: str) -> Iterable[DatasetFiles]:
             yield DatasetFiles(both.stem, both, both, source)
 
 
-def _pair(folder: Path, name: str, source: str, tried: list[Path]) -> DatasetFiles | None:
+def _pair(folder: Path, name: str, source: str) -> DatasetFiles | None:
     """The TRAIN and TEST files of ``name`` in ``folder``; a set with both splits goes before one with TRAIN only."""
     lone: DatasetFiles | None = None
     for extension in EXTENSIONS:
         train, test = folder / f"{name}_TRAIN{extension}", folder / f"{name}_TEST{extension}"
-        tried.append(train)
         if train.is_file():
             if test.is_file():
                 return DatasetFiles(name, train, test, source)
@@ -152,7 +160,6 @@ def _pair(folder: Path, name: str, source: str, tried: list[Path]) -> DatasetFil
         return DatasetFiles(name, both, both, source)
     for extension in _WHOLE:
         whole = folder / f"{name}{extension}"
-        tried.append(whole)
         if lone is None and whole.is_file():
             lone = DatasetFiles(name, whole, None, source)
     return lone
@@ -172,14 +179,13 @@ def _from_file(path: Path) -> DatasetFiles:
     return DatasetFiles(path.stem, path, path if path.suffix == ".npz" else None, os.fspath(path.parent))
 
 
-def _from_folder(folder: Path, tried: list[Path]) -> DatasetFiles:
+def _from_folder(folder: Path) -> DatasetFiles:
     source = os.fspath(folder)
-    found = _pair(folder, folder.resolve().name, source, tried)
+    found = _pair(folder, folder.resolve().name, source)
     if found is not None:
         return found
     candidates = {f.name: f for f in iter_files(folder, source) if f.train.parent == folder}
     if not candidates:
-        tried.append(folder / "*")
         for extension in (*_WHOLE, ".npz"):
             for path in sorted(folder.glob(f"*{extension}")):
                 item = _from_file(path)
@@ -191,11 +197,10 @@ def _from_folder(folder: Path, tried: list[Path]) -> DatasetFiles:
             f"{folder} holds several data sets ({', '.join(sorted(candidates))}): name one of them, with "
             f"data_dir={os.fspath(folder)!r}, or give the path of its TRAIN file"
         )
-    lines = [
-        f"no .ts, .tsv or .arff file and no pair of .txt files in {folder}; paths tried:",
-        *(f"  {item}" for item in tried),
-    ]
-    raise FileNotFoundError("\n".join(lines))
+    told = f"{_told_names(folder.resolve().name)}, *_TRAIN{', '.join(EXTENSIONS[:-1])}, and a single file of any name"
+    raise FileNotFoundError(
+        f"no .ts, .tsv or .arff file, no .npz file and no pair of .txt files in {folder}. Tried {told}."
+    )
 
 
 def ts_header(path: Path) -> dict[str, str]:

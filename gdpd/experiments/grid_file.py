@@ -37,6 +37,8 @@ def read_grid(path: Path) -> Grid:
     """
     import yaml
 
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file. Give the grid's YAML file; docs/grids.md shows one.")
     try:
         read = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -128,6 +130,26 @@ def _check_rows(grid: Grid, folder: Path, jobs: list[Job], results: list[Result]
             if before != here.get(name):
                 where = f" for {job.label} on {result.dataset}"
                 _refuse_folder(folder, name, before, here.get(name), where)
+
+
+def check_unfinished(folder: Path, jobs: Iterable[Job]) -> None:
+    """Check that what a stopped grid left in `runs/` of `folder` was begun with the options that the jobs have now.
+
+    Raises:
+        ValueError: it was not; names the first run and the first difference.
+    """
+    from gdpd.training.atomic import read_json
+
+    for job in jobs:
+        run = folder / "runs" / job.name
+        if not (run / "config.json").is_file():
+            continue
+        there = RunConfig.from_dict(read_json(run / "config.json"))
+        for name, (now, before) in job.config.differences(there).items():
+            raise ValueError(
+                f"{run} was begun with other options: {name} is {before!r} there and {now!r} now. Delete that folder "
+                "to run the job anew, give another --folder, or restore the option."
+            )
 
 
 def _refuse_folder(folder: Path, name: str, before: Any, now: Any, where: str) -> None:

@@ -18,7 +18,7 @@ def preflight(jobs: Sequence[Job]) -> None:
 
     Raises:
         ValueError: something does not work; names the first few problems.
-        FileNotFoundError: a data set is not there; lists the paths tried.
+        FileNotFoundError: a data set is not there; says which files were looked for where.
     """
     from gdpd.data.files import find_files
 

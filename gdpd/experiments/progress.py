@@ -23,7 +23,7 @@ class LiveProgress(Listener):
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._progress = Progress(*columns, console=console)
-        self._all = self._progress.add_task("jobs", total=None)
+        self._all = self._progress.add_task("checking", total=None)
         self._lines: dict[Task, object] = {}
         self._failed = self._skipped = 0
 
@@ -42,7 +42,7 @@ class LiveProgress(Listener):
 
     def planned(self, total: int) -> None:
         """See `Listener`."""
-        self._progress.update(self._all, total=total)
+        self._progress.update(self._all, total=total, description="jobs")
 
     def started(self, task: Task) -> None:
         """See `Listener`."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gdpd.experiments.grid import Grid, Job
-from gdpd.experiments.grid_file import check_folder
+from gdpd.experiments.grid_file import check_folder, check_unfinished
 from gdpd.experiments.job import TEACHER_FILES, Done, carry_out, train_teacher
 from gdpd.experiments.preflight import preflight
 from gdpd.experiments.results import RECIPE, Result, ResultsTable
@@ -98,8 +98,8 @@ def run_grid(
         listener: told how it goes on, in this process.
 
     Raises:
-        ValueError: bad input, see `read_grid`, `check_folder` and `preflight`; worker or thread counts out of range;
-            another process at work in the folder.
+        ValueError: bad input, see `read_grid`, `check_folder`, `check_unfinished` and `preflight`; worker or thread
+            counts out of range; another process at work in the folder.
         FileNotFoundError: a data set that is not there.
     """
     from gdpd.training.atomic import write_json
@@ -134,6 +134,7 @@ def _plan(grid: Grid, folder: Path, table: ResultsTable) -> tuple[list[Job], lis
     recipe = check_folder(grid, folder, jobs, results)
     known = {result.key for result in results}
     missing = [job for job in jobs if job.key not in known]
+    check_unfinished(folder, missing)
     return jobs, missing, recipe
 
 

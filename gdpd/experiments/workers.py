@@ -10,6 +10,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -76,7 +77,9 @@ class ThisProcess:
 
 
 class LocalProcesses:
-    """Tasks in worker processes of this machine, with pinned threads. Dead workers are replaced.
+    """Tasks in worker processes of this machine, with pinned threads.
+
+    Dead workers are replaced; none outlives the grid.
 
     Args:
         workers: processes, at least 1.
@@ -153,7 +156,20 @@ def thread_variables(threads: int) -> dict[str, str]:
 def _begin(threads: int) -> None:
     import torch
 
+    threading.Thread(target=_end_with_the_grid, name="gdpd-grid-watch", daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the interrupt key is for the process that the terminal knows
     import gdpd.training  # noqa: F401  what every task needs, while the grid is checked
 
     torch.set_num_threads(threads)
+
+
+def _end_with_the_grid() -> None:
+    """End this worker when the grid's process is gone, however it ended.
+
+    A worker that a SIGKILL of the grid left behind would train on in a run folder that the next grid goes on with, and
+    wait for ever after that.
+    """
+    grid = multiprocessing.parent_process()
+    if grid is not None:
+        grid.join()
+        os._exit(1)

@@ -150,7 +150,9 @@ def evaluate(folder: str | Path, *, data_dir: str | Path | None = None) -> dict[
     """
     folder = Path(folder)
     if not (folder / "metrics.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no finished run: metrics.json is missing. Finish it with resume=True.")
+        raise FileNotFoundError(
+            f"{folder} holds no finished run: metrics.json is missing. Finish one with resume=True, --resume."
+        )
     config = RunConfig.from_dict(read_json(folder / "config.json"))
     if data_dir is not None:
         config = config.replace(data_dir=str(data_dir))

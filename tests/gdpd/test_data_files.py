@@ -12,7 +12,7 @@ import pytest
 
 from gdpd.data import list_datasets, load_dataset
 from gdpd.data.files import find_files, read_file, ts_header
-from gdpd.data.packages import PACKAGES, package_home
+from gdpd.data.packages import PACKAGES, package_folders, package_home
 from gdpd.data.plain_files import read_plain_ts
 
 pytestmark = pytest.mark.filterwarnings("ignore::gdpd.data.FutureLeakWarning")
@@ -177,20 +177,25 @@ def test_a_lone_single_class_file_is_refused_before_it_is_split(tmp_path: Path) 
         load_dataset(path)
 
 
-def test_missing_files_list_every_path_tried_and_names_close_by(tmp_path: Path, no_network: None) -> None:
+def test_missing_files_are_told_with_what_was_looked_for_where_and_names_close_by(
+    tmp_path: Path, no_network: None
+) -> None:
     with pytest.raises(FileNotFoundError) as error:
         load_dataset("GunPiont", data_dir=tmp_path)
     message = str(error.value)
-    for folder in (tmp_path / "GunPiont", tmp_path):
-        for extension in (".ts", ".tsv", ".arff"):
-            assert str(folder / f"GunPiont_TRAIN{extension}") in message
-    assert "names close to it: GunPoint" in message
+    assert message.splitlines()[:2] == ["no files of a data set for 'GunPiont'.", "Names close to it: GunPoint."]
+    assert "Tried GunPiont_TRAIN.ts, .tsv, .arff, .txt and GunPiont.ts, .tsv, .arff, .npz, in each of" in message
+    assert f"in the folders in it: {tmp_path}, " in message
+    assert all(str(folder) in message for folder, _ in package_folders())
     assert "nothing is ever downloaded" in message
+    assert len(message) < 1000 + sum(len(str(folder)) for folder, _ in package_folders())
+    with pytest.raises(FileNotFoundError, match="There is no folder and no file nowhere/GunPoint"):
+        load_dataset("nowhere/GunPoint")
 
 
 def test_a_folder_without_files_and_a_missing_data_dir_are_named(tmp_path: Path) -> None:
     (tmp_path / "Empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"(?s)no \.ts, \.tsv or \.arff file.*Empty_TRAIN\.arff"):
+    with pytest.raises(FileNotFoundError, match=r"no \.ts.*Empty\. Tried Empty_TRAIN\.ts, \.tsv, \.arff"):
         load_dataset(tmp_path / "Empty")
     for call in (lambda: load_dataset("GunPoint", data_dir=tmp_path / "nowhere"), lambda: list_datasets("nowhere")):
         with pytest.raises(FileNotFoundError, match="nowhere' is not a folder"):

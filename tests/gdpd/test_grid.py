@@ -5,8 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
 
@@ -274,6 +279,80 @@ def test_worker_processes_share_a_teacher_and_one_that_dies_is_replaced(tmp_path
         "main.alpha", "main.ce", "main.ce_hat", "main.kd", "main.loss",
         "warmup.autoencoder", "warmup.ce", "warmup.kd", "warmup.loss", "warmup.noise",
     ]  # fmt: skip
+
+
+_SCRIPT = """
+import json, os, sys, time
+from pathlib import Path
+from gdpd.experiments import Grid, run_grid, runner
+from gdpd.experiments.job import carry_out
+
+def slow(config, teacher, folder, keep):
+    home = Path(folder)
+    if config.method == "gdpd":
+        (home.parent.parent / "worker").write_text(str(os.getpid()))
+        import gdpd.training
+        plain = gdpd.training.run
+
+        class Slow:
+            def start(self, stage, epochs, done): pass
+            def stop(self): pass
+            def epoch(self, record): time.sleep(0.5)
+
+        gdpd.training.run = lambda *arguments, **options: plain(*arguments, **options, progress=Slow())
+    return carry_out(config, teacher, folder, keep)
+
+if __name__ == "__main__":
+    runner.carry_out = slow
+    grid = Grid(("ItalyPowerDemand",), (0.5,), ("base", "gdpd"), (1,), json.loads(sys.argv[1]))
+    run_grid(grid, Path(sys.argv[2]), workers=1, threads=1)
+"""
+
+
+def _alive(process: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="looks for processes in /proc")
+def test_a_killed_grid_leaves_no_worker_behind_and_goes_on_with_the_run_it_was_at(tmp_path):
+    script, folder, options = tmp_path / "killed.py", tmp_path / "out", {**TINY, "epochs": 40, "checkpoint_every": 1}
+    script.write_text(_SCRIPT)
+    root = str(Path(__file__).resolve().parents[2])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    process = subprocess.Popen([sys.executable, str(script), json.dumps(options), str(folder)], env=environment)
+    history = folder / "runs" / "ItalyPowerDemand-e0.5-gdpd-s1" / "history.jsonl"
+    deadline = time.monotonic() + 120
+    while not (history.is_file() and history.read_text().count("\n") >= 3):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    worker = int((folder / "worker").read_text())
+    assert _alive(worker)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    while _alive(worker):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    before = history.read_text().splitlines()[:2]
+    assert [row.method for row in read_results(folder)] == ["base"]
+    other = Grid(
+        ("ItalyPowerDemand",),
+        (0.5,),
+        ("base", "gdpd"),
+        (1,),
+        options,
+        variants={"gdpd": Variant("gdpd", {"hinton": False})},
+    )
+    with pytest.raises(ValueError, match=r"gdpd-s1 was begun with other options: hinton is True there and False now"):
+        run_grid(other, folder, workers=0)
+    grid = Grid(("ItalyPowerDemand",), (0.5,), ("base", "gdpd"), (1,), options)
+    outcomes = run_grid(grid, folder, workers=0, keep_runs=True)
+    assert [outcome.status for outcome in outcomes] == ["skipped", "done"]
+    assert history.read_text().splitlines()[:2] == before  # their times are in them
+    assert {row.method: row.cpu_seconds is None for row in read_results(folder)} == {"base": False, "gdpd": True}
 
 
 def test_a_failing_job_hands_back_its_reason_as_text(tmp_path):
