@@ -307,9 +307,10 @@ def grid(
     from gdpd.experiments import read_grid
     from gdpd.experiments.grid_command import run
 
-    place = folder or file.with_suffix("")
+    read = read_grid(file)
+    place = folder or (file.with_suffix("") if file.suffix else file.with_name(f"{file.name}-results"))
     if not run(
-        read_grid(file), place, workers=workers, threads=threads, ray=ray, keep_runs=keep_runs, dry_run=dry_run,
+        read, place, workers=workers, threads=threads, ray=ray, keep_runs=keep_runs, dry_run=dry_run,
         console=_console(),
     ):  # fmt: skip
         raise typer.Exit(1)

@@ -120,6 +120,12 @@ def test_a_dry_run_says_what_is_left_and_does_nothing(tmp_path, made_training, c
     assert made_training.runs == []
 
 
+def test_a_file_without_an_ending_has_its_results_beside_it_too(tmp_path, made_training):
+    file = write(tmp_path, datasets=["ItalyPowerDemand"], per_dataset=None).rename(tmp_path / "plain")
+    assert main(["grid", str(file), "--workers", "0"]) == 0
+    assert len(read_results(tmp_path / "plain-results")) == 24
+
+
 @pytest.mark.parametrize("broken", [False, True])
 def test_the_command_prints_the_table_and_sums_failures_up(tmp_path, made_training, capsys, monkeypatch, broken):
     monkeypatch.setattr("gdpd.cli.app._console", lambda: Console(width=120, highlight=False))
