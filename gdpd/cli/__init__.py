@@ -21,8 +21,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     What the caller can mend (a bad value, a missing file, a full disk) becomes one line on stderr and exit code 2.
     GDPD_TRACEBACK=1 in the environment shows the traceback instead. Warnings are one line each, too.
     """
-    import typer
-
+    try:
+        import typer
+    except ImportError:
+        return _say('the command needs typer, which is not installed: pip install "gdpd-kernels[cli]"', 2)
     from gdpd.cli.app import app
 
     usage_error: Any = typer.BadParameter.__mro__[1]  # click's class, which some releases of typer carry along

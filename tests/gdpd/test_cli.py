@@ -80,6 +80,12 @@ def test_help_needs_neither_torch_nor_numpy():
     assert result.stdout.splitlines()[-1] == "set()"
 
 
+def test_a_plain_install_is_told_what_the_command_needs(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "typer", None)  # as if it were not installed
+    assert main(["info"]) == 2
+    assert 'pip install "gdpd-kernels[cli]"' in line_on_stderr(capsys)
+
+
 def test_given_options_and_only_those_reach_the_run(runs_seen, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["distill", "--earliness", "0.2", "--epochs", "7", "--resample-to", "null", "--no-hinton", "--quiet"]
