@@ -61,7 +61,7 @@ wheel-test: $(VENV)/.dev  ## the kernels' tests on the wheel in dist/ with anoth
 clean:  ## remove what was built or measured, keep .venv
 	rm -rf build dist site .coverage .asv .pytest_cache .mypy_cache .ruff_cache .hypothesis $(DEMO)
 
-# Tests hold losses to torchdistill's own, for which it needs none of its dependencies (torchvision and others).
+# Tests hold losses to torchdistill's and mmrazor's own, for which these need none of their dependencies.
 # torch first and pinned: the package asks for no more than torch>=2.9, so left to itself pip may choose another
 # release. No build isolation: pybind11 and setuptools are already there, and the optional compiled module then
 # builds once, in place; without a compiler setup.py leaves it out.
@@ -82,5 +82,5 @@ $(VENV)/.cli: $(VENV)/.torch $(BUILD)
 $(VENV)/.dev: $(VENV)/.torch $(BUILD)
 	@echo "installing gdpd-kernels with its development tools"
 	$(PIP) --no-build-isolation -e ".[dev]"
-	$(PIP) --no-deps "torchdistill==1.1.5"
+	$(PIP) --no-deps "torchdistill==1.1.5" "mmrazor==1.0.0"
 	@touch $@ $(VENV)/.cli

@@ -79,7 +79,8 @@ def _grid(read: Any) -> Grid:
 
 def _mapping(place: str, value: Any, known: Iterable[str] = ()) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{place} holds a {type(value).__name__}, not lines of the form 'key: value'.")
+        held = "nothing" if value is None else f"a {type(value).__name__}"
+        raise ValueError(f"{place} holds {held}, not lines of the form 'key: value'.")
     names = list(known)
     for key in value if names else ():
         if key not in names:

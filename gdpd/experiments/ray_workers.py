@@ -36,9 +36,14 @@ class RayWorkers:
         self._ray = ray
         self._began = not ray.is_initialized()
         if self._began:
-            ray.init(
-                address, runtime_env={"env_vars": thread_variables(threads)}, log_to_driver=False, logging_level="error"
-            )
+            environment = {"env_vars": thread_variables(threads)}
+            try:
+                ray.init(address, runtime_env=environment, log_to_driver=False, logging_level="error")
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                raise ConnectionError(
+                    f"--ray {address} leads to no cluster ({str(error).strip().splitlines()[0]}). Give the address of "
+                    "one, such as ray://host:10001; 'auto' finds one on this machine, 'local' starts one here."
+                ) from error
         cpus = int(ray.cluster_resources().get("CPU", 0))
         if cpus < threads:
             self.close()

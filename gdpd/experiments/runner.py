@@ -14,7 +14,7 @@ from gdpd.experiments.grid import Grid, Job
 from gdpd.experiments.grid_file import check_folder, check_unfinished
 from gdpd.experiments.job import TEACHER_FILES, Done, carry_out, train_teacher
 from gdpd.experiments.preflight import preflight
-from gdpd.experiments.results import RECIPE, Result, ResultsTable
+from gdpd.experiments.results import DATABASE, RECIPE, TABLE, Result, ResultsTable, read_results
 from gdpd.experiments.workers import LocalProcesses, ThisProcess, WorkerLost, Workers, check_counts
 
 LOCK = "grid.lock"
@@ -66,13 +66,15 @@ class Listener:
 def plan(grid: Grid, folder: Path) -> list[Job]:
     """The jobs of `grid` that the table in `folder` does not hold, after every check that needs no training.
 
+    Nothing is written.
+
     Raises:
         As `run_grid`.
     """
-    with ResultsTable(folder) as table:
-        missing = _plan(grid, folder, table)[1]
-        preflight(missing)
-        return missing
+    begun = (folder / DATABASE).is_file() or (folder / TABLE).is_file()
+    missing = _plan(grid, folder, read_results(folder) if begun else [])[1]
+    preflight(missing)
+    return missing
 
 
 def run_grid(
@@ -108,7 +110,7 @@ def run_grid(
     if isinstance(workers, int):
         check_counts(workers, threads)
     with _alone(folder), ResultsTable(folder) as table, contextlib.ExitStack() as stack:
-        jobs, missing, recipe = _plan(grid, folder, table)
+        jobs, missing, recipe = _plan(grid, folder, table.results())
         # Before everything is tried, so that workers import what they need meanwhile.
         place = stack.enter_context(_place(workers, threads)) if missing else None
         preflight(missing)
@@ -128,9 +130,9 @@ def run_grid(
     return [outcomes[job.key] for job in jobs]
 
 
-def _plan(grid: Grid, folder: Path, table: ResultsTable) -> tuple[list[Job], list[Job], dict[str, Any]]:
+def _plan(grid: Grid, folder: Path, results: list[Result]) -> tuple[list[Job], list[Job], dict[str, Any]]:
     """All jobs, those to be done, and what grid.json has to say."""
-    jobs, results = grid.jobs(), table.results()
+    jobs = grid.jobs()
     recipe = check_folder(grid, folder, jobs, results)
     known = {result.key for result in results}
     missing = [job for job in jobs if job.key not in known]

@@ -84,10 +84,12 @@ def test_bad_files_are_refused_with_what_is_wrong(tmp_path, capsys, changes, wor
     assert not (tmp_path / "grid").exists()
 
 
-@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", ""])
-def test_what_is_no_mapping_is_refused(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "words"), [("- a\n- b\n", "holds a list"), ("a: [", "is not valid YAML"), ("", "holds nothing, not lines")]
+)
+def test_what_is_no_mapping_is_refused(tmp_path, text, words):
     (tmp_path / "grid.yaml").write_text(text)
-    with pytest.raises(ValueError, match=r"grid\.yaml"):
+    with pytest.raises(ValueError, match=rf"grid\.yaml.*{words}"):
         read_grid(tmp_path / "grid.yaml")
 
 
@@ -118,6 +120,7 @@ def test_a_dry_run_says_what_is_left_and_does_nothing(tmp_path, made_training, c
     assert main(["grid", str(write(tmp_path)), "--dry-run"]) == 0
     assert "48 jobs, 48 of them to be done" in capsys.readouterr().out
     assert made_training.runs == []
+    assert not (tmp_path / "grid").exists()
 
 
 def test_a_file_without_an_ending_has_its_results_beside_it_too(tmp_path, made_training):

@@ -76,6 +76,8 @@ class StandIn(types.ModuleType):
         return False
 
     def init(self, address, **options):
+        if address == "nowhere":
+            raise ConnectionError("Could not find any running Ray instance.\nDetails.")
         self.events.append(("init", address, options["runtime_env"]["env_vars"]["OMP_NUM_THREADS"]))
 
     def shutdown(self):
@@ -137,6 +139,8 @@ def test_a_cluster_that_is_too_small_and_one_that_cannot_be_asked_for_are_refuse
     with pytest.raises(ValueError, match="threads=5: the cluster at auto has 4 CPUs"):
         RayWorkers("auto", 5)
     assert ray.events[-1] == "shutdown"
+    with pytest.raises(ConnectionError, match=r"--ray nowhere leads to no cluster \(Could not .*'local' starts one"):
+        RayWorkers("nowhere")
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r'pip install "gdpd-kernels\[ray\]"'):
         RayWorkers("auto")
