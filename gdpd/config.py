@@ -6,6 +6,7 @@ A `RunConfig` is checked when it is made, so that what can be refused is refused
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import typing
 from dataclasses import dataclass
@@ -282,7 +283,7 @@ class RunConfig:
     tensorboard: bool = option(False, "Write TensorBoard event files too.", group="machine", changes_result=False)
 
     def __post_init__(self) -> None:
-        for name, hint in typing.get_type_hints(type(self)).items():
+        for name, hint in _type_hints(type(self)).items():
             object.__setattr__(self, name, coerce(name, getattr(self, name), hint))
         for field in dataclasses.fields(self):
             choices = field.metadata["choices"]
@@ -437,6 +438,11 @@ class RunConfig:
 
 
 _ALPHAS = ("per_sample", "per_dimension")
+
+
+@functools.cache  # a grid makes thousands of configurations
+def _type_hints(of: type) -> dict[str, Any]:
+    return typing.get_type_hints(of)
 
 
 def check_earliness(earliness: float) -> None:
