@@ -283,7 +283,7 @@ class RunConfig:
     tensorboard: bool = option(False, "Write TensorBoard event files too.", group="machine", changes_result=False)
 
     def __post_init__(self) -> None:
-        for name, hint in _type_hints(type(self)).items():
+        for name, hint in _type_hints(type(self)).items():  # type: ignore[arg-type]
             object.__setattr__(self, name, coerce(name, getattr(self, name), hint))
         for field in dataclasses.fields(self):
             choices = field.metadata["choices"]
