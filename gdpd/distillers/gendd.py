@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import gdpd_kernels as gk
 from gdpd.denoisers import AdaLNDenoiser
-from gdpd.distillers.base import Batch, Distiller, taught
+from gdpd.distillers.base import Batch, Distiller, class_logits, taught
 from gdpd.embedded import EmbeddedHead, embed_tokens
 from gdpd.guidance import GuidedDenoiser
 from gdpd.models import Classifier
@@ -36,7 +36,8 @@ class GenDD(Distiller):
       `loss` writes it, with the standardisation folded in, into the student's own head: what is deployed is the plain
       student, and no sampler runs.
 
-    loss = CE(probe(stop(z_short)), y) + r (MSE_noise + variational term). Without labels: the second part alone.
+    loss = CE(probe(stop(z_short)), y) + r (MSE_noise + variational term). Without labels the probe learns what the
+    teacher's classifier says: CE(probe(stop(z_short)), softmax(teacher logits)).
 
     For a loop of your own, `prepare(teacher, z_long, y)` comes before the first step.
 
@@ -47,8 +48,8 @@ class GenDD(Distiller):
         contraction: s, in [0, 1]; the paper's are 0.7 to 0.9.
         target: what the features are drawn to: "labels" (w_y), "soft" (the mean of the w under the teacher's
             probabilities), "means" (the class's mean teacher feature), "none" (s = 0).
-        labelled: False leaves out the cross-entropy and asks for target="none" or "soft"; the student's head does not
-            learn then, and `sample` classifies.
+        labelled: False reads no labels: it asks for target="none" or "soft", and the probe learns the teacher's
+            probabilities. The paper's has no probe then, and classifies by `sample`, which works as ever.
         two_stage: diffusion loss alone for the first `warmup_epochs`, then the probe alone on a student that is held
             still; otherwise both together.
         warmup_epochs: of `two_stage`.
@@ -120,8 +121,6 @@ class GenDD(Distiller):
             raise ValueError(f"mixup={mixup} is not a number of at least 0. 0 does not mix.")
         if not labelled and target in ("labels", "means"):
             raise ValueError(f"target={target!r} reads labels, and labelled=False. Use target='none' or 'soft'.")
-        if two_stage and not labelled:
-            raise ValueError("two_stage=True trains the probe on labels, and labelled=False. Leave one of them out.")
         self.contraction = 0.0 if target == "none" else contraction
         self.target = target
         self.labelled = labelled
@@ -214,13 +213,20 @@ class GenDD(Distiller):
             with span("prior"):
                 losses = self._diffusion_losses(z_short, batch)
         terms = [self.loss_ratio * loss for loss in losses.values()]
+        with span("losses"):
+            probe = self._probe_loss(z_short.detach(), batch)
+            self.probe.fold_into(self.student.head)
+        if not self.two_stage or not learning:
+            terms.extend(probe.values())
+        parts = {**losses, **probe}
+        return functools.reduce(torch.add, terms), {name: part.detach() for name, part in parts.items()}
+
+    def _probe_loss(self, feature: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Cross-entropy of the probe, "ce" with the labels, "probe" with the teacher's probabilities."""
+        logits = self.probe(feature)
         if self.labelled:
-            with span("losses"):
-                losses["ce"] = self.cross_entropy(self.probe(z_short.detach()), batch.y)
-                self.probe.fold_into(self.student.head)
-        if self.labelled and (not self.two_stage or not learning):
-            terms.append(losses["ce"])
-        return functools.reduce(torch.add, terms), {name: part.detach() for name, part in losses.items()}
+            return {"ce": self.cross_entropy(logits, batch.y)}
+        return {"probe": F.cross_entropy(logits, class_logits(batch, logits).to(logits.dtype).softmax(dim=1))}
 
     def _diffusion_losses(self, z_short: Tensor, batch: Batch) -> dict[str, Tensor]:
         x0 = self.contracted(self._teacher_features(batch), batch.y, batch.teacher_logits) / self.scale

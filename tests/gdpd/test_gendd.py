@@ -122,13 +122,16 @@ def test_the_loss_is_the_formula_written_out(options: dict[str, Any]) -> None:
     if made.variance == "learned":
         assert float(parts["variational"]) == pytest.approx(variational, rel=1e-10)
         expected += made.loss_ratio * variational
-    if made.labelled:
-        variance = z_short.var(0, unbiased=False)
-        standard = (z_short - z_short.mean(0)) / (variance + 1e-4 * variance.mean() + 1e-12).sqrt()
-        logits = standard @ made.probe.weight.T + made.probe.bias
-        expected += float(F.cross_entropy(logits, data.y).detach())
+    variance = z_short.var(0, unbiased=False)
+    standard = (z_short - z_short.mean(0)) / (variance + 1e-4 * variance.mean() + 1e-12).sqrt()
+    logits = standard @ made.probe.weight.T + made.probe.bias
+    assert data.teacher_logits is not None
+    taught_by = F.one_hot(data.y, CLASSES).double() if made.labelled else data.teacher_logits.softmax(1)
+    probe = -float((taught_by * (logits - logits.logsumexp(1, keepdim=True))).sum(1).mean().detach())
+    assert float(parts["ce" if made.labelled else "probe"]) == pytest.approx(probe, rel=1e-10)
+    expected += probe
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-10)
-    assert ("ce" in parts) == made.labelled
+    assert ("ce" in parts) == made.labelled != ("probe" in parts)
 
 
 def test_cross_entropy_trains_the_probe_and_diffusion_the_feature() -> None:
@@ -183,6 +186,28 @@ def test_a_probe_learns_on_features_of_any_scale() -> None:
         optimizer.step()
     probe.fold_into(head)
     assert float((head.double()(feature.double()).argmax(1) == y).double().mean()) > 0.9
+
+
+def test_without_labels_none_is_read_and_the_probe_learns_the_teacher() -> None:
+    made, data = gendd(labelled=False, target="none", two_stage=True, warmup_epochs=1), batch()
+    losses = []
+    for y in (data.y, 2 - data.y):
+        torch.manual_seed(5)
+        data.y = y
+        losses.append([float(made.loss(data, epoch)[0].detach()) for epoch in (0, 1)])
+    assert losses[0] == losses[1]
+    optimizer = torch.optim.Adam(made.probe.parameters(), lr=0.1)
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss, parts = made.loss(data, 1)
+        loss.backward()
+        optimizer.step()
+    assert data.teacher_logits is not None
+    entropy = torch.distributions.Categorical(logits=data.teacher_logits).entropy().mean()
+    assert float(parts["probe"]) == pytest.approx(float(entropy), abs=1e-3)
+    data.teacher_logits = None
+    with pytest.raises(ValueError, match=r"batch\.teacher_logits is None"):
+        made.loss(data, 1)
 
 
 def test_two_stages_learn_the_feature_and_then_the_probe_alone() -> None:
@@ -360,7 +385,6 @@ def test_the_share_of_a_mix_has_the_spread_of_its_beta() -> None:
         ({"mixup": -1.0}, "mixup=-1.0"),
         ({"guidance": -1.0}, "guidance=-1.0"),
         ({"labelled": False}, "target='labels' reads labels, and labelled=False. Use target='none' or 'soft'"),
-        ({"labelled": False, "target": "soft", "two_stage": True}, "two_stage=True trains the probe on labels"),
         ({"token_width": 5}, r"token_width=5 does not divide .* 12 numbers.*pad_tokens=True"),
         ({"sampling_steps": 51}, "51"),
         ({"hidden": 0}, "hidden=0"),
