@@ -74,7 +74,6 @@ def build_comparison(
         methods=[(method, tables["names"][method], css_name(method, others)) for method in found.methods],
         css={method: css_name(method, others) for method in found.methods},
         charts=figures(found, standings, reference),
-        paper={"source": SOURCE, "datasets": DATASETS, "seeds": SEEDS, "model": MODEL},
         settings=settings(runs),
         versions=versions(runs),
     )
@@ -106,4 +105,5 @@ def _tables(
         "costs": cost_rows(found),
         "metrics": METRICS,
         "published": published_rows(found, runs, standings),
+        "paper": {"source": SOURCE, "datasets": DATASETS, "seeds": SEEDS, "model": MODEL},
     }

@@ -15,6 +15,7 @@ from gdpd.report.svg import method_colour, other_methods, repeats_colour
 
 FOLLOWING = ("fidelity", "kl", "calibration_error")
 _MOST_ROWS = 40  # data sets in a chart of gains; of more, the best and the worst
+_MOST_GAINS = 3  # methods that the reference has a chart against
 _MOST_BANDS = 7  # more lie over one another beyond telling apart; each gets bars
 
 
@@ -67,15 +68,21 @@ def figures(found: Comparison, standings: Sequence[Standing], reference: str) ->
         "gains": [],
         "gains_left_out": max(int(found.complete.any(axis=1).sum()) - _MOST_ROWS, 0),
     }
-    rivals = [method for method in found.methods if method != reference]
-    telling = [method for method in rivals if method in (baseline, "kd", "gdpd", "gendd")][:3]
-    for number, other in enumerate(telling or rivals[:1]):
+    for number, other in enumerate(_rivals(found, standings, reference)):
         named, points = gains(found, standings, reference, other)
         label = f"AUC-PRC of {method_title(reference)} minus {method_title(other)}, points"
         colour = method_colour(reference, others)
         svg = charts.gains(f"gains-{number}", named, found.earliness, points, label, colour)
         made["gains"].append((method_title(other), svg))
     return made
+
+
+def _rivals(found: Comparison, standings: Sequence[Standing], reference: str) -> list[str]:
+    """The methods that `reference` has a chart against: all, or of many the first one, and the best by average rank."""
+    others = [method for method in found.methods if method != reference]
+    ranks = dict(zip(found.methods, standings[-1].ranks, strict=True))
+    best = sorted(others[1:], key=lambda method: ranks[method])[: _MOST_GAINS - 1]
+    return [method for method in others if method in (others[0], *best)]
 
 
 def gains(found: Comparison, standings: Sequence[Standing], reference: str, other: str) -> tuple[list[str], np.ndarray]:

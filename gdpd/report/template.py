@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,21 @@ def escape_tex(text: Any) -> str:
     return re.sub(r"[\\{}~^&%$#_]", lambda found: _TEX[found[0]], str(text))
 
 
+def alike(values: Sequence[float]) -> list[str]:
+    """Numbers of one column with as many decimals each: those that show three digits of the smallest."""
+    least = min((abs(value) for value in values if value), default=1.0)
+    decimals = max(0, 2 - math.floor(math.log10(least)))
+    return [f"{value:.{decimals}f}" for value in values]
+
+
+def breakable(name: str) -> Any:
+    """A name as HTML that a narrow column may break between its words: before a capital or a digit, after a mark."""
+    import markupsafe
+
+    parts = re.split(r"(?<=[a-z])(?=[A-Z0-9])|(?<=[0-9])(?=[A-Z])|(?<=[_-])", name)
+    return markupsafe.Markup("<wbr>").join(parts)
+
+
 def told_p(p: float) -> str:
     """A p-value as it is printed after "p": `= 0.012`, `< 0.001`."""
     return "< 0.001" if p < 0.001 else f"= {p:.2g}"
@@ -69,5 +85,7 @@ def _environment() -> Environment:
     made.filters["svg"] = markupsafe.Markup
     made.filters["tex"] = escape_tex
     made.filters["p"] = told_p
+    made.filters["alike"] = alike
+    made.filters["breakable"] = breakable
     made.tests["known"] = math.isfinite
     return made

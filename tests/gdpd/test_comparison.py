@@ -266,13 +266,20 @@ def check_latex(text: str) -> None:
     assert "nan" not in text
 
 
+def ours_place(records) -> int:
+    return compare(records).methods.index("gdpd")
+
+
 def test_latex_tables_are_well_formed_and_escaped(partial, tmp_path) -> None:
     text = build_comparison(partial, tmp_path / "tables.tex").read_text()
     check_latex(text)
     assert "gain of GDPD" in text
     assert "gain of Fits" in build_comparison(partial, tmp_path / "tables.tex", reference="fits").read_text()
     assert r"B\_1" in text
-    assert text.count("\\begin{tabular}") == text.count("\\bottomrule") == 5
+    assert text.count("\\begin{tabular}") == text.count("\\bottomrule") == 6
+    paper = text[text.index("Beside the paper's numbers") :]
+    ours = compare(partial).standing(0.2)
+    assert f"GDPD & {ours.mean[ours_place(partial)]:.1f} & {PUBLISHED[0.2]['gdpd'].auc_prc:.1f}" in paper
     assert template.escape_tex(r"a_b&50%#$^~{}\x") == (
         r"a\_b\&50\%\#\$\textasciicircum{}\textasciitilde{}\{\}\textbackslash{}x"
     )
@@ -339,6 +346,27 @@ def test_the_standings_fit_a_terminal_of_eighty_columns() -> None:
     assert f"{standing.mean[3]:.2f}" in text
     assert f"{standing.ranks[3]:.2f} ({standing.first_places[3]:.3g})" in text
     assert "8 of 8 cells" in " ".join(text.split())
+
+
+def test_of_many_rivals_the_first_and_the_best_have_charts() -> None:
+    found = compare(make_records(("A", "B"), (0.2, 0.5), ("base", "kd", "fits", "at", "gdpd", "gendd"), (1,)))
+    standings = found.standings()
+    ranks = dict(zip(found.methods, standings[-1].ranks, strict=True))
+    shown = comparison_figures._rivals(found, standings, "gdpd")
+    assert len(shown) == 3
+    assert shown[0] == "base"
+    others = set(found.methods) - {"gdpd", *shown}
+    assert max(ranks[method] for method in shown[1:]) <= min(ranks[method] for method in others)
+    assert comparison_figures._rivals(found, standings, "base")[0] == "kd"
+
+
+def test_numbers_of_a_column_have_as_many_decimals_and_names_break_between_words() -> None:
+    assert template.alike([9.41, 11.0, 16.99]) == ["9.41", "11.00", "16.99"]
+    assert template.alike([0.0925, 0.1]) == ["0.0925", "0.1000"]
+    assert template.alike([749.2, 1200.0]) == ["749", "1200"]
+    assert template.alike([0.0, 0.0]) == ["0.00", "0.00"]
+    broken = template.breakable("PickupGestureWiimoteZ_2<b>")
+    assert broken == "Pickup<wbr>Gesture<wbr>Wiimote<wbr>Z_<wbr>2&lt;b&gt;"
 
 
 def test_a_chart_of_gains_shows_the_best_and_the_worst_of_many() -> None:
