@@ -283,7 +283,11 @@ class PrefixClassifier(ClassifierMixin, BaseEstimator):
         open_names = sorted(fields - own.keys() - _CLOSED)
         for name in further:
             if name not in open_names:
-                told = "is a parameter of its own" if name in own else f"is not one{nearest(name, open_names)}"
+                told = f"is not one{nearest(name, open_names)}"
+                if name in own:
+                    told = "is a parameter of its own"
+                elif name in _CLOSED:
+                    told = "is not one of an early classifier, but of a run (gdpd.training.run, gdpd distill)"
                 raise ValueError(f"options: {name!r} {told}. Known are: {', '.join(open_names)}.")
         for name in ("teacher_options", "student_options"):
             own[name] = dict(own[name] or {})

@@ -48,7 +48,7 @@ def run(
     """
     if dry_run:
         missing = plan(grid, folder)
-        console.print(f"{len(grid.jobs())} jobs, {len(missing)} of them to be done in {folder}", soft_wrap=True)
+        console.print(f"jobs: {len(grid.jobs())}; to be done in {folder}: {len(missing)}", soft_wrap=True)
         return True
     place: Workers | int = workers
     if ray is not None:

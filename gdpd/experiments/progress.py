@@ -1,7 +1,9 @@
-"""How a grid goes on, in a terminal: a bar over all jobs, a line per worker, a line per job that ended."""
+"""How a grid goes on, in a terminal: a bar over all jobs, a line per task under way, a line per job that ended."""
 
 from __future__ import annotations
 
+import time
+from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
 class LiveProgress(Listener):
     """A live view of a grid; a context manager around `run_grid`.
 
+    The time left is told from the first job on that ended in this call, by the pace so far; teachers, which come first,
+    make it too long at the beginning.
+
     Args:
         console: where it is shown; where that is no terminal, lines alone.
     """
@@ -25,7 +30,8 @@ class LiveProgress(Listener):
         self._progress = Progress(*columns, console=console)
         self._all = self._progress.add_task("checking", total=None)
         self._lines: dict[Task, object] = {}
-        self._failed = self._skipped = 0
+        self._failed = self._skipped = self._ended = self._total = 0
+        self._began = time.monotonic()
 
     def __enter__(self) -> LiveProgress:
         self._progress.start()
@@ -38,10 +44,11 @@ class LiveProgress(Listener):
             self.stopped(task)
         self._progress.stop()
         if self._skipped:
-            self._say(f"{self._skipped} jobs were in the table already")
+            self._say(f"{self._skipped} job{'s were' if self._skipped > 1 else ' was'} in the table already")
 
     def planned(self, total: int) -> None:
         """See `Listener`."""
+        self._total, self._began = total, time.monotonic()
         self._progress.update(self._all, total=total, description="jobs")
 
     def started(self, task: Task) -> None:
@@ -62,9 +69,16 @@ class LiveProgress(Listener):
             return
         told = f": {outcome.reason}" if outcome.reason else ""
         self._say(f"{outcome.status:8} {Task(outcome.job.teacher, outcome.job)}{told}")
-        if outcome.status == "failed":
-            self._failed += 1
-            self._progress.update(self._all, description=f"jobs ({self._failed} failed)")
+        self._ended += 1
+        self._failed += outcome.status == "failed"
+        self._progress.update(self._all, description=self._description())
+
+    def _description(self) -> str:
+        left = self._total - self._skipped - self._ended
+        seconds = round((time.monotonic() - self._began) / self._ended * left)
+        told = [f"{self._failed} failed"] if self._failed else []
+        told += [f"about {timedelta(seconds=seconds)} left"] if left else []
+        return f"jobs ({', '.join(told)})" if told else "jobs"
 
     def _say(self, text: str) -> None:
         self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -167,7 +167,7 @@ def test_missing_values_are_an_error_or_filled() -> None:
         ({"method": "gpdp"}, (X, Y), "did you mean 'gdpd'"),
         ({"options": {"num_sample": 3}}, (X, Y), "'num_sample' is not one .did you mean 'num_samples'"),
         ({"options": {"epochs": 3}}, (X, Y), "'epochs' is a parameter of its own"),
-        ({"options": {"dataset": "GunPoint"}}, (X, Y), "'dataset' is not one"),
+        ({"options": {"dataset": "GunPoint"}}, (X, Y), "'dataset' is not one of an early classifier, but of a run"),
         ({"options": {"target_space": "identity"}}, (X, Y), "student's head reads 8"),
         ({}, (X, np.zeros(40)), r"1 class\(es\)"),
         ({}, (X, Y[:30]), r"y has shape \(30,\); expected \(40,\)"),

@@ -12,8 +12,10 @@ import yaml
 from rich.console import Console
 
 from gdpd.cli import main
-from gdpd.experiments import grid_command, read_grid, read_results
+from gdpd.experiments import Grid, grid_command, read_grid, read_results
 from gdpd.experiments.preflight import preflight
+from gdpd.experiments.progress import LiveProgress
+from gdpd.experiments.runner import Outcome, Task
 from made_grids import made_training
 
 __all__ = ["made_training"]  # a fixture
@@ -118,7 +120,7 @@ def test_features_that_do_not_divide_into_tokens_are_found_before_any_job(tmp_pa
 
 def test_a_dry_run_says_what_is_left_and_does_nothing(tmp_path, made_training, capsys):
     assert main(["grid", str(write(tmp_path)), "--dry-run"]) == 0
-    assert "48 jobs, 48 of them to be done" in capsys.readouterr().out
+    assert "jobs: 48; to be done in" in capsys.readouterr().out
     assert made_training.runs == []
     assert not (tmp_path / "grid").exists()
 
@@ -145,6 +147,42 @@ def test_the_command_prints_the_table_and_sums_failures_up(tmp_path, made_traini
     assert main(["grid", str(write(tmp_path)), "--workers", "0"]) == 0
     assert len(made_training.runs) == (24 if broken else 0)
     assert "were in the table already" in capsys.readouterr().out
+
+
+def test_the_live_view_tells_what_is_under_way_what_ended_and_how_long_it_takes(monkeypatch):
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=True, width=140, color_system=None)
+    jobs = Grid(("A", "B"), (0.5,), ("base", "kd"), (1,)).jobs()
+    clock = [100.0]
+    monkeypatch.setattr("gdpd.experiments.progress.time.monotonic", lambda: clock[0])
+
+    def screen():
+        start = len(shown.getvalue())
+        progress._progress.refresh()
+        return shown.getvalue()[start:]
+
+    with LiveProgress(console) as progress:
+        assert "checking" in screen()
+        progress.planned(4)
+        progress.ended(Outcome(jobs[0], "skipped"))
+        teacher, task = Task(("A", 1)), Task(jobs[1].teacher, jobs[1])
+        progress.started(teacher)
+        assert "A, teacher, seed 1" in screen()
+        progress.stopped(teacher, "worker died; it is run again")
+        assert "A, teacher, seed 1: worker died; it is run again" in shown.getvalue()
+        progress.started(task)
+        assert "  A, 50 % read, kd, seed 1" in screen()
+        clock[0] += 90
+        progress.stopped(task)
+        progress.ended(Outcome(jobs[1], "done"))
+        assert "jobs (about 0:03:00 left)" in screen()
+        assert "2/4" in screen()
+        progress.ended(Outcome(jobs[2], "failed", "ValueError: no"))
+        assert "jobs (1 failed, about 0:00:45 left)" in screen()
+        progress.ended(Outcome(jobs[3], "done"))
+        assert "jobs (1 failed) " in screen()
+    assert "failed   B, 50 % read, base, seed 1: ValueError: no" in shown.getvalue()
+    assert "1 job was in the table already" in shown.getvalue()
 
 
 def test_a_terminated_grid_exports_its_table_and_goes_on(tmp_path, made_training, monkeypatch):

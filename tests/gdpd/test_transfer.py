@@ -65,5 +65,5 @@ def test_a_channel_that_is_not_there_is_named() -> None:
 
 def test_an_early_classifier_takes_no_suffix() -> None:
     X, y = toy.series(20)
-    with pytest.raises(ValueError, match="'student_part' is not one"):
+    with pytest.raises(ValueError, match="'student_part' is not one of an early classifier, but of a run"):
         PrefixClassifier(options={"student_part": "suffix"}).fit(np.asarray(X), y)
