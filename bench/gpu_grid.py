@@ -1,8 +1,8 @@
 """The grid that `bench.gpu_static` compiles, its records, and the tables made of them.
 
 A record holds what the compiler said of one kernel, and a digest of what it was made of: the generated source, the
-device functions and the tile. A record whose digest is another today is stale: it is compiled again, and a test fails
-as long as the page shows it.
+device functions that it names and the tile. A record whose digest is another today is stale: it is compiled again, and
+a test fails as long as the page shows it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import ast
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -125,18 +126,33 @@ def kernels_of(cell: Cell, source: Source) -> list[str]:
 def digest(cell: Cell) -> str:
     """Of everything that a kernel's machine code follows from, Triton's version aside."""
     tile, source, _ = source_of(cell)
-    made = f"{source.text}\n{_device_functions()}\n{tile}\n{options(TARGETS[cell.target][0])}\n{cell.target}"
+    functions = "\n".join(device_functions(source))
+    made = f"{source.text}\n{functions}\n{tile}\n{options(TARGETS[cell.target][0])}\n{cell.target}"
     return hashlib.sha256(made.encode()).hexdigest()[:16]
 
 
+def device_functions(source: Source) -> list[str]:
+    """What of `tiles.py` a source names, and what that needs, without comments and docstrings, in order of names."""
+    found, known = set[str](), _definitions()
+    names = set(re.findall(r"\w+", source.text))
+    while new := (names & known.keys()) - found:
+        found |= new
+        names = {node.id for name in new for node in ast.walk(known[name]) if isinstance(node, ast.Name)}
+    return [ast.dump(known[name]) for name in sorted(found)]
+
+
 @cache
-def _device_functions() -> str:
-    """`tiles.py` without comments and docstrings."""
-    tree = ast.parse(TILES.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-            del node.body[0]
-    return ast.dump(tree)
+def _definitions() -> dict[str, ast.stmt]:
+    """Functions and constants of `tiles.py` by name."""
+    found: dict[str, ast.stmt] = {}
+    for node in ast.parse(TILES.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef):
+            if ast.get_docstring(node) is not None:
+                del node.body[0]
+            found[node.name] = node
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            found[node.targets[0].id] = node
+    return found
 
 
 # --- records ----------------------------------------------------------------------------------------------------------

@@ -109,14 +109,22 @@ def test_a_changed_source_makes_a_record_stale(monkeypatch: pytest.MonkeyPatch) 
     before = gpu_grid.digest(cell)
     made = {cell.key: {"digest": before}}
     assert gpu_grid.current(made) == made
-    monkeypatch.setattr(gpu_grid, "_device_functions", lambda: "def load_rows(): ...")
+    known = gpu_grid._definitions()
+    monkeypatch.setattr(gpu_grid, "_definitions", lambda: {**known, "gelu": known["relu"]})  # which it does not call
+    assert gpu_grid.digest(cell) == before
+    monkeypatch.setattr(gpu_grid, "_definitions", lambda: {**known, "load_block": known["load_rows"]})
     assert gpu_grid.digest(cell) != before
     assert not gpu_grid.current(made)
 
 
-def test_comments_of_the_device_functions_do_not_count() -> None:
-    assert "Philox4x32-10" not in gpu_grid._device_functions()
-    assert "philox_words" in gpu_grid._device_functions()
+def test_the_digest_is_of_the_device_functions_that_a_source_needs_without_comments() -> None:
+    _, source, _ = gpu_grid.source_of(Cell("MLP", 32, "sm_80", "tf32", "forward"))
+    assert "philox_words" not in source.text  # `normals` calls it
+    taken = "".join(gpu_grid.device_functions(source))
+    assert "name='philox_words'" in taken
+    assert "'INTERPRETED'" in taken
+    assert "name='linear_input_grad'" not in taken
+    assert "Philox4x32-10" not in taken
 
 
 def test_records_are_written_whole_and_read_again(tmp_path: Path) -> None:
