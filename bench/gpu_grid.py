@@ -35,7 +35,7 @@ from gdpd_kernels.benchmark.tables import markdown
 from gdpd_kernels.program import DenoiserProgram
 
 RECORDS = Path(__file__).with_name("gpu_static.json")
-TILES = Path(tiling.__file__).with_name("tiles.py")
+DEVICE_FUNCTIONS = [Path(tiling.__file__).with_name(name) for name in ("tiles.py", "activations.py")]
 WIDTHS = (32, 64, 100, 128, 256, 512)
 SELECTED = (100, 512)  # widths at which every GPU, or every precision, stands
 PRECISIONS = ("tf32", "bf16", "fp16", "ieee")
@@ -51,10 +51,8 @@ PROGRAMS: dict[str, Callable[[int], nn.Module]] = {
     SPLIT_PROGRAM: lambda n: PaperDenoiser(n).train(),
     "AdaLN head": lambda n: _head(n),
 }
-# Keys of the kernels beside the split plan's that spill all the same; docs/gpu.md, Known weaknesses.
-SPILLING = frozenset({"paper's network, training|32|sm_90|tf32|backward"})
 _CONDITION = 32
-ONLY = {"MLP with hidden layers of 256": (100,), SPLIT_PROGRAM: SELECTED}  # the others come in every width
+ONLY = {"MLP with hidden layers of 256": (100,)}  # the others come in every width
 
 
 def _head(width: int) -> nn.Module:
@@ -132,7 +130,7 @@ def digest(cell: Cell) -> str:
 
 
 def device_functions(source: Source) -> list[str]:
-    """What of `tiles.py` a source names, and what that needs, without comments and docstrings, in order of names."""
+    """What a source names of the device functions, and what that needs, without comments, in the order of names."""
     found, known = set[str](), _definitions()
     names = set(re.findall(r"\w+", source.text))
     while new := (names & known.keys()) - found:
@@ -143,9 +141,9 @@ def device_functions(source: Source) -> list[str]:
 
 @cache
 def _definitions() -> dict[str, ast.stmt]:
-    """Functions and constants of `tiles.py` by name."""
+    """Device functions, without docstrings, and constants, by name."""
     found: dict[str, ast.stmt] = {}
-    for node in ast.parse(TILES.read_text(encoding="utf-8")).body:
+    for node in (node for path in DEVICE_FUNCTIONS for node in ast.parse(path.read_text(encoding="utf-8")).body):
         if isinstance(node, ast.FunctionDef):
             if ast.get_docstring(node) is not None:
                 del node.body[0]
@@ -196,7 +194,7 @@ def current(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, 
 def tiles_page() -> str:
     """The table of plans and tiles, as the backend chooses them for the networks of the grid."""
     rows = [("network", "batch", "width", "GPU", "plan", "rows × columns of a block", "warps")]
-    for name in (name for name in PROGRAMS if name not in ONLY):
+    for name in (name for name in PROGRAMS if name not in (*ONLY, SPLIT_PROGRAM)):
         for batch in (PAPER_BATCH, PAPER_BATCH + 1, 8192) if "training" in name else (BATCH, 8192):
             for gpu, architecture in (("NVIDIA", "cuda"), ("AMD", "hip")):
                 chosen: dict[tuple[str, str, str], list[int]] = {}

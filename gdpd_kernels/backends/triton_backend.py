@@ -110,11 +110,11 @@ class TritonBackend:
 
         def run() -> None:
             call.pack(source, recipe, z_short)
+            programs = min(call.tiles, tiling.MAX_FORWARD_PROGRAMS) if call.plan == MEMORY else call.tiles
+            call.room(source, z_short, programs)
             if call.plan == SPLIT:
-                split_sample(call, source, recipe, z_hat, saved)
+                split_sample(call, source, recipe, z_short)
             else:
-                programs = min(call.tiles, tiling.MAX_FORWARD_PROGRAMS) if call.plan == MEMORY else call.tiles
-                call.room(source, z_short, programs)
                 call.launch(source, "forward", programs)
 
         with on_device(z_short):
@@ -186,11 +186,11 @@ class TritonBackend:
             call.pack(source, recipe, z_short)
             call.arguments["coefficients"] = on_device_coefficients(coefficients, device)
             call.room(source, grad, programs)
+            if recipe.save == "states":
+                call.arguments["scratch"] = call.scratch(recipe.kept.width, grad, programs)
             if call.plan == SPLIT:
-                split_sample_backward(call, source, recipe, programs, saved)
+                split_sample_backward(call, source, recipe, grad)
             else:
-                if recipe.save == "states":
-                    call.arguments["scratch"] = grad.new_empty(programs * call.tile.rows, recipe.kept.width)
                 call.launch(source, "backward", programs)
             call.reduce(source)
             return [_summed(made[names[i]], shapes[names[i]], num_samples) for i in wanted]
@@ -239,17 +239,16 @@ class TritonBackend:
             "z_long": z_long, "noise": noise, "seed": seed, "signal": signal, "sigma": sigma, "stats": stats,
             "loss": loss,
         }  # fmt: skip
-        programs = call.tiles if call.plan == SPLIT else call.programs
+        programs = call.programs
         with on_device(z_long):
             call.shares(source, z_long, programs, 0)
             call.pack(source, recipe, z_long)
-            if call.plan != SPLIT:
-                call.room(source, z_long, programs)
-                width = recipe.kept.width if asked else 0
-                call.arguments["kept"] = z_long.new_empty(programs * call.tile.rows, width)
-                call.launch(source, "prior", programs)
-            else:
+            call.room(source, z_long, programs)
+            call.arguments["kept"] = call.scratch(recipe.kept.width if asked else 0, z_long, programs)
+            if call.plan == SPLIT:
                 split_prior(call, source, recipe, z_long)
+            else:
+                call.launch(source, "prior", programs)
             call.reduce(source)
         return loss, stats, [made[names[i]] for i in wanted]
 

@@ -11,6 +11,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -156,8 +157,17 @@ def values_in_memory() -> None:
             assert_held_to_reference(prior_problem(program, batch=9, prediction=("eps", "x0", "v")[number % 3]))
 
 
+def split(programs: int = 2, together: int = 2) -> Any:
+    """The split plan with several tiles per program, joined so many at a time, and several blocks per value."""
+    stack = ExitStack()
+    stack.enter_context(tiled(plan=SPLIT, chunk=16))
+    stack.enter_context(mock.patch.object(tiling, "MAX_PROGRAMS", programs))
+    stack.enter_context(mock.patch.object(tiles, "TOGETHER", tl.constexpr(together)))
+    return stack
+
+
 def split_plan() -> None:
-    with tiled(plan=SPLIT), mock.patch.object(tiling, "MAX_PROGRAMS", 2):
+    with tiled(plan=SPLIT, chunk=32), mock.patch.object(tiling, "MAX_PROGRAMS", 2):
         for program in (bottleneck(9, blocks=1), film(18)):
             for save in (SAVE_VALUES, SAVE_STATES):
                 problem = sample_problem(program, batch=20, steps=2, alpha="full", noise=False, eta=0.5, samples=2)
@@ -167,6 +177,44 @@ def split_plan() -> None:
         for name in (name for name in WIRED if "batch norm" in name):
             assert_held_to_reference(sample_problem(wired(name), batch=17, steps=2), SAVE_STATES)
             assert_held_to_reference(prior_problem(wired(name), batch=17))
+
+
+def split_plan_in_several_blocks_and_tiles() -> None:
+    for programs in (2, 3):  # of four tiles, the last with two rows; of three, two are joined, then one
+        with split(programs):
+            for program in (every_operation(18), random_program(11), random_program(35))[programs - 2 :]:
+                problem = sample_problem(program, batch=25, steps=2, alpha="full", noise=False, eta=0.5, samples=2)
+                assert_held_to_reference(problem, (SAVE_VALUES, SAVE_STATES)[programs % 2])
+            assert_held_to_reference(prior_problem(bottleneck(18, blocks=1), batch=50, prediction="v"))
+
+
+def split_plan_keeps_its_bits() -> None:
+    with split():
+        for problem in (
+            sample_problem(film(18), batch=40, steps=2, alpha="per sample"),
+            prior_problem(film(18), batch=40, prediction="v"),
+        ):
+            names, problem = [name for name, _ in problem.named()], problem.to(FLOAT32)
+            everything = problem.run("triton")
+            assert_identical(problem.run("triton"), everything)
+            for kept in (names[:1], names[1:3], names[-2:]):
+                some = replace(problem, frozen=frozenset(names) - set(kept)).run("triton")
+                assert [key for key in some if key.startswith("grad")] == [f"grad {name}" for name in kept]
+                assert_identical(some, {key: everything[key] for key in some})
+            if problem.signal is None:
+                assert_identical(problem.run("triton", save=SAVE_STATES), everything)
+                inputs = replace(problem, frozen=frozenset(name for name in names if name[0] == "p"))
+                found = inputs.run("triton", save=SAVE_VALUES_FOR_INPUTS)
+                assert_identical(found, {key: everything[key] for key in found})
+
+
+def split_plan_of_a_large_mean() -> None:
+    """Deviations are taken from means before they are squared, within a tile and between tiles."""
+    program = wired("batch norm of the state")
+    problem = sample_problem(program, batch=50, steps=1)
+    problem = replace(problem, z=problem.z + 1e3)
+    with split():
+        assert_held_to_reference(problem)
 
 
 def the_split_plan_is_taken_beyond_the_limit() -> None:
@@ -217,11 +265,16 @@ def memory() -> None:
             found = run_between_guards(problem, save, FLOAT32, "triton")
             expected = problem.run("triton")
             assert_identical(found, {key: expected[key] for key in found})
-    with tiled(plan=SPLIT):
-        for problem in (sample_problem(film(5), batch=20, alpha="full"), prior_problem(film(5), batch=20)):
+    with split():
+        for problem, saves in (
+            (sample_problem(film(18), batch=40, alpha="full", steps=2), (SAVE_NOTHING, SAVE_VALUES, SAVE_STATES)),
+            (prior_problem(film(18), batch=40), (SAVE_VALUES,)),
+        ):
             problem = problem.to(FLOAT32)
-            found, expected = run_between_guards(problem, SAVE_STATES, FLOAT32, "triton"), problem.run("triton")
-            assert_identical(found, {key: expected[key] for key in found})
+            expected = problem.run("triton")
+            for save in saves:
+                found = run_between_guards(problem, save, FLOAT32, "triton")
+                assert_identical(found, {key: expected[key] for key in found})
 
 
 def the_same_bits_again() -> None:
@@ -323,6 +376,9 @@ CHECKS: tuple[Callable[[], None], ...] = (
     programs_with_several_tiles,
     values_in_memory,
     split_plan,
+    split_plan_in_several_blocks_and_tiles,
+    split_plan_keeps_its_bits,
+    split_plan_of_a_large_mean,
     the_split_plan_is_taken_beyond_the_limit,
     rounded_products,
     recomputed_values_are_the_kept_ones,

@@ -203,6 +203,31 @@ def test_a_batch_beyond_the_tile_is_told_once_with_its_limit(launched: list[tupl
         sample_problem(bottleneck(100), batch=64, steps=2).to(torch.float32).run("triton")
 
 
+def test_programs_and_rooms_of_the_split_plan(
+    launched: list[tuple[str, tuple[int, ...]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gdpd_kernels.backends.triton import launch as launching
+
+    rooms, note = set(), launching.launch
+
+    def measure(source: Source, kernel: str, grid: tuple[int, ...], given: Any, rows: int, warps: int) -> None:
+        rooms.add((given["rooms"].numel() if "rooms" in source.arguments[kernel] else 0, source.room))
+        note(source, kernel, grid, given, rows, warps)
+
+    monkeypatch.setattr(launching, "launch", measure)
+    batch, tiles, programs = 4 * 32 * 32 + 1, 129, tiling.MAX_PROGRAMS  # a program takes a second tile
+    problem = sample_problem(bottleneck(8, blocks=1), batch=batch, steps=1).to(torch.float32)
+    problem.run("triton", save=SAVE_STATES)
+    stretches = range(5)
+    assert launched == [
+        ("pack", (4,)), ("start", (tiles,)), *((f"forward_{s}", (programs,)) for s in stretches),
+        ("pack", (4,)), ("recompute", (tiles,)), *((f"backward_{s}", (programs,)) for s in reversed(stretches)),
+        ("finish", (tiles,)), ("reduce", (1, 17)),
+    ]  # fmt: skip
+    assert {columns > 0 for _, columns in rooms} == {True}
+    assert {numel for numel, _ in rooms} == {0, *(tiles * 32 * columns for _, columns in rooms)}
+
+
 @pytest.mark.parametrize(
     ("program", "total", "architecture", "expected"),
     [
@@ -212,9 +237,10 @@ def test_a_batch_beyond_the_tile_is_told_once_with_its_limit(launched: list[tupl
         (mlp(512, 512), 8192, "hip", (MEMORY, 32, 4, 32)),
         (bottleneck(512), 3, "cuda", (MEMORY, 16, 4, 32)),
         (bottleneck(512), 64, "cuda", (MEMORY, 64, 8, 32)),
-        (bottleneck(32), 64, "hip", (MEMORY, 64, 4, 32)),
-        (bottleneck(32), 65, "cuda", (SPLIT, 16, 4, 64)),
-        (bottleneck(512), 10**6, "cuda", (SPLIT, 16, 8, 64)),
+        (bottleneck(33), 64, "hip", (MEMORY, 64, 4, 32)),
+        (bottleneck(32), 64, "cuda", (MEMORY, 64, 4, 16)),  # never one block alone
+        (bottleneck(32), 65, "cuda", (SPLIT, 16, 4, 16)),
+        (bottleneck(512), 10**6, "cuda", (SPLIT, 32, 4, 32)),
     ],
 )
 def test_sizes_choose_plan_and_tile(
@@ -349,7 +375,7 @@ def test_launches_of_the_fused_and_the_split_plan() -> None:
         fused = Recipe(program, 64, "tf32", plan, save="states", wanted=frozenset({"z", "p0"}))
         assert list(forward_source(fused).arguments) == ["pack", "forward"]
         assert list(backward_source(fused).arguments) == ["pack", "backward", "reduce"]
-    split = Recipe(bottleneck(32), 64, "tf32", SPLIT, save="states", wanted=frozenset({"z", "p0"}))
+    split = Recipe(bottleneck(32), 32, "tf32", SPLIT, save="states", wanted=frozenset({"z", "p0"}))
     assert list(forward_source(split).arguments) == ["pack", "start", *(f"forward_{s}" for s in range(8))]
     stretches = [f"backward_{s}" for s in reversed(range(8))]
     assert list(backward_source(split).arguments) == ["pack", "recompute", *stretches, "finish", "reduce"]

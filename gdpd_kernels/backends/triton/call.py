@@ -110,12 +110,17 @@ class Call:
 
     @property
     def programs(self) -> int:
-        """How many programs of the grid take the tiles of backward."""
+        """How many programs of the grid take the tiles of backward, and of each launch of the split plan."""
         return min(self.tiles, tiling.MAX_PROGRAMS)
 
     def room(self, source: Source, like: Tensor, programs: int) -> None:
-        """Memory for the values of so many programs."""
-        self.arguments["rooms"] = like.new_empty(programs * self.tile.rows * source.room)
+        """Memory for values: a room per program, in the split plan per tile."""
+        rooms = self.tiles if self.plan == SPLIT else programs
+        self.arguments["rooms"] = like.new_empty(rooms * self.tile.rows * source.room)
+
+    def scratch(self, width: int, like: Tensor, programs: int) -> Tensor:
+        """Memory for rows of values that are computed and read again, for as many tiles as there are rooms."""
+        return like.new_empty((self.tiles if self.plan == SPLIT else programs) * self.tile.rows, width)
 
     def operands(self, rows: Sequence[Tensor], tables: Sequence[Tensor], params: Sequence[Tensor]) -> None:
         for letter, tensors in (("r", rows), ("t", tables), ("p", params)):
@@ -157,68 +162,38 @@ class Call:
 # --- the split plan's launches --------------------------------------------------------------------------------------
 
 
-def split_sample(call: Call, source: Source, recipe: Recipe, z_hat: Tensor, saved: Tensor) -> None:
+def split_sample(call: Call, source: Source, recipe: Recipe, like: Tensor) -> None:
     """The launches of forward."""
-    total, features, steps = call.total, call.program.features, call.steps
-    layout, n = recipe.layout, len(recipe.layout.segments)
-    if recipe.save == "states":
-        states = list(saved.view(steps, total, features))
-    else:
-        pair = z_hat.new_empty(2, total, features)
-        states = [pair[k % 2] for k in range(steps)]
-    states.append(z_hat)
-    call.arguments |= {
-        "moments": z_hat.new_empty(call.tiles, call.program.stats_width),
-        "crossing": z_hat.new_empty(total, layout.crossing.width),
-        "kept": None,
-    }
-    call.launch(source, "start", next_state=states[0])
-    values = saved.view(steps, total, -1) if recipe.save in ("values", "inputs") else [None] * steps
-    for k in range(steps):
-        for s in range(n):
-            call.launch(source, f"forward_{s}", state=states[k], next_state=states[k + 1], kept=values[k], k=k)
+    call.arguments["moments"] = like.new_empty(call.programs, call.program.stats_width)
+    call.launch(source, "start")
+    for k in range(call.steps):
+        for s in range(len(recipe.layout.segments)):
+            call.launch(source, f"forward_{s}", call.programs, k=k)
 
 
-def split_sample_backward(call: Call, source: Source, recipe: Recipe, programs: int, saved: Tensor) -> None:
+def split_sample_backward(call: Call, source: Source, recipe: Recipe, like: Tensor) -> None:
     """The launches of backward."""
-    total, features, steps = call.total, call.program.features, call.steps
-    layout, n = recipe.layout, len(recipe.layout.segments)
-    grad = call.arguments["grad"]
-    pair = grad.new_empty(2, total, features)
-    call.arguments |= {
-        "sums": grad.new_empty(call.tiles, call.program.stats_width),
-        "gradients": grad.new_empty(total, layout.gradients.width),
-    }
-    again = recipe.save == "states"
-    values = [grad.new_empty(total, recipe.kept.width)] * steps if again else saved.view(steps, total, -1)
-    grad_state = grad
-    for k in reversed(range(steps)):
-        if again:
-            state = saved.view(steps, total, features)[k]
-            call.launch(source, "recompute", state=state, kept=values[k], k=k)
-        for s in reversed(range(n)):
-            ends = {"grad_state": grad_state, "next_grad_state": pair[k % 2]}
-            call.launch(source, f"backward_{s}", programs, kept=values[k], k=k, **ends)
-        grad_state = pair[k % 2]
+    _sums(call, like)
+    for k in reversed(range(call.steps)):
+        if "recompute" in source.arguments:
+            call.launch(source, "recompute", k=k)
+        for s in reversed(range(len(recipe.layout.segments))):
+            call.launch(source, f"backward_{s}", call.programs, k=k)
     if "finish" in source.arguments:
-        call.launch(source, "finish", grad_state=grad_state)
+        call.launch(source, "finish")
 
 
-def split_prior(call: Call, source: Source, recipe: Recipe, z_long: Tensor) -> None:
+def split_prior(call: Call, source: Source, recipe: Recipe, like: Tensor) -> None:
     """The launches of `prior_loss`."""
-    total, layout = call.total, recipe.layout
-    call.arguments |= {
-        "state": z_long.new_empty(total, call.program.features),
-        "residuals": z_long.new_empty(total, call.program.features),
-        "moments": z_long.new_empty(call.tiles, call.program.stats_width),
-        "sums": z_long.new_empty(call.tiles, call.program.stats_width),
-        "crossing": z_long.new_empty(total, layout.crossing.width),
-        "gradients": z_long.new_empty(total, layout.gradients.width),
-        "kept": z_long.new_empty(total, recipe.kept.width if recipe.wanted else 0),
-    }
-    call.launch(source, "start", next_state=call.arguments["state"])
-    for s in range(len(layout.segments)):
-        call.launch(source, f"forward_{s}")
-    for s in reversed(range(len(layout.segments))):
-        if recipe.wanted:
-            call.launch(source, f"backward_{s}")
+    _sums(call, like)
+    call.arguments["moments"] = like.new_empty(call.programs, call.program.stats_width)
+    call.launch(source, "start")
+    stretches = range(len(recipe.layout.segments))
+    for name in (*(f"forward_{s}" for s in stretches), *(f"backward_{s}" for s in reversed(stretches))):
+        if name in source.arguments:  # backward only if gradients are wanted
+            call.launch(source, name, call.programs)
+
+
+def _sums(call: Call, like: Tensor) -> None:
+    width = call.program.stats_width
+    call.arguments |= {"sums": like.new_empty(call.programs, width), "joined": like.new_empty(width)}

@@ -4,7 +4,8 @@
 rows through all steps, its values in registers or in memory. Where the denoiser has BatchNorms in training mode the
 tile is the whole batch, and the plan that of memory.
 
-*Split* (``split``): BatchNorm in training mode over larger batches, a launch per stretch between BatchNorms.
+*Split* (``split``): BatchNorm in training mode over larger batches, a launch per stretch between BatchNorms, values in
+memory.
 
 Before either, one launch lays the weights out in padded blocks, whose addresses are constants; after it, one adds up
 the programs' shares of the gradients of parameters and tables in a fixed order.
@@ -17,7 +18,7 @@ from functools import lru_cache
 from gdpd_kernels.backends.triton import split, streamed
 from gdpd_kernels.backends.triton.layout import Rows, needed
 from gdpd_kernels.backends.triton.module import MEMORY, PRIOR_START, REGISTERS, SAMPLER_START, Module, Recipe, Source
-from gdpd_kernels.backends.triton.walk import KNOWN, Text, Walk
+from gdpd_kernels.backends.triton.walk import Text, Walk
 from gdpd_kernels.backends.triton.walk_back import BackwardWalk
 
 
@@ -38,7 +39,7 @@ def forward_source(recipe: Recipe) -> Source:
         module.start(text)
 
         def step() -> None:
-            walk = Walk(module.layout, text, recipe.precision, kept, KNOWN)
+            walk = Walk(module.layout, text, recipe.precision, kept)
             if kept is not None:
                 text(f"kept = saved + k * (whole * {kept.width})")
             if recipe.save == "states":
@@ -78,7 +79,7 @@ def backward_source(recipe: Recipe) -> Source:
                 text("k = steps - 1 - i")
                 text("later_step = i")
                 walk = BackwardWalk(
-                    module.layout, text, recipe.precision, recipe.kept, KNOWN, need, recipe.wanted, module.shares
+                    module.layout, text, recipe.precision, recipe.kept, need, recipe.wanted, module.shares
                 )  # fmt: skip
                 if states:
                     text("kept = scratch")
@@ -133,7 +134,7 @@ def prior_source(recipe: Recipe) -> Source:
             text("k = 0")
             module.start(text)
             walk = BackwardWalk(
-                module.layout, text, recipe.precision, kept, KNOWN, need, recipe.wanted, module.shares, True
+                module.layout, text, recipe.precision, kept, need, recipe.wanted, module.shares, True
             )  # fmt: skip
             module.define_state(walk)
             for number in numbers:

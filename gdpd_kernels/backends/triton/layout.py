@@ -165,29 +165,6 @@ class Layout:
         edges = [0, *self.program.batch_norms, len(self.program.ops)]
         return tuple(range(a + 1, b + 1) for a, b in pairwise(edges))
 
-    def segment_of(self, name: str) -> int:
-        """The segment that makes a value."""
-        number = int(name[1:]) if name[0] == "%" else 0
-        return next((s for s, numbers in enumerate(self.segments) if number in numbers), 0)
-
-    @cached_property
-    def crossing(self) -> Rows:
-        """The results that a later segment reads."""
-        names: dict[str, None] = {}
-        for s, numbers in enumerate(self.segments):
-            read = [x for n in numbers for x in self.program.ops[n - 1].inputs]
-            if s == len(self.segments) - 1:
-                read.append(self.program.output)
-            names |= dict.fromkeys(x for x in read if x[0] == "%" and self.segment_of(x) < s)
-        return Rows.of(list(names), self.program.widths)
-
-    @cached_property
-    def gradients(self) -> Rows:
-        """The values whose gradient one segment hands to another: those that cross, the results of BatchNorms, of which
-        the sums over the batch come first, and the state."""
-        norms = [f"%{i + 1}" for i in self.program.batch_norms]
-        return Rows.of(list(dict.fromkeys((*self.crossing.at, *norms, "z"))), self.program.widths)
-
     @cached_property
     def stats(self) -> dict[int, int]:
         """Column of each BatchNorm's mean in the row of batch statistics, by the number of its operation."""

@@ -12,8 +12,8 @@ from gdpd_kernels.backends.triton.walk import Text, Walk
 from gdpd_kernels.backends.triton.walk_back import BackwardWalk
 from gdpd_kernels.program import DenoiserProgram
 
-# Plans: values in registers, or in memory with a piece in registers at a time, or one launch per stretch between
-# BatchNorms and step.
+# Plans: values in registers, or in memory with a piece in registers at a time, or so with a launch per step and stretch
+# between BatchNorms.
 REGISTERS, MEMORY, SPLIT = "registers", "memory", "split"
 
 # Numbers that change from call to call and should not make another binary.
@@ -52,7 +52,7 @@ class Recipe:
 
     @property
     def layout(self) -> Layout:
-        return _layout(self.program, self.chunk, self.plan == MEMORY)
+        return _layout(self.program, self.chunk, self.plan != REGISTERS)
 
     @property
     def kept(self) -> Rows:
@@ -76,7 +76,7 @@ class Source:
             do, which have one row per step.
         written: names of the inputs whose gradient the kernels write; that of any other wanted one is zero.
         reductions: how many blocks and vectors `reduce` adds up, and the numbers of the largest block.
-        room: numbers that a program needs in memory per row of a tile, for its values and their gradients.
+        room: numbers that lie in memory per row of a tile, for values and their gradients.
     """
 
     text: str
@@ -120,7 +120,7 @@ class Module:
 
     @property
     def streams(self) -> StreamLayout:
-        """The layout of the plan of memory."""
+        """The layout of values that lie in memory."""
         assert isinstance(self.layout, StreamLayout)
         return self.layout
 
@@ -186,10 +186,11 @@ class Module:
         text("samples = rows // batch")
         text(f"slots = {slots}")
 
-    def per_tile(self, text: Text, slots: str, body: Callable[[], None]) -> None:
-        """A program of the grid takes every so many-th tile; its share of the gradients is its own."""
+    def per_tile(self, text: Text, slots: str, body: Callable[[], None], shares: bool = True) -> None:
+        """A program of the grid takes every so many-th tile; its share of the gradients, if any, is its own."""
         text("program = tl.program_id(0)")
-        text("share = shares + tl.cast(program, tl.int64) * share_stride")
+        if shares:
+            text("share = shares + tl.cast(program, tl.int64) * share_stride")
 
         def one() -> None:
             text("later_tile = tile - program")
@@ -199,10 +200,9 @@ class Module:
 
         text.block("for tile in range(program, tiles, tl.num_programs(0)):", one)
 
-    def load_state(self, text: Text, stem: str, base: str) -> list[str]:
+    def load_state(self, text: Text, stem: str, base: str) -> None:
         for i, start, width, size in self.state():
             text(f"{stem}_{i} = load_rows({base}, rows, valid, {self.program.features}, {start}, {width}, {size})")
-        return [f"{stem}_{i}" for i, *_ in self.state()]
 
     def store_state(self, text: Text, stem: str, base: str) -> None:
         for i, start, width, _ in self.state():
@@ -270,7 +270,7 @@ class Module:
             losses.append(f"tl.sum(off_{i} * off_{i})")
         text(f"loss = {' + '.join(losses)}")
         base = f"share + {self.shares['loss']}"
-        again = "later_tile + c" if self.recipe.plan == MEMORY else "later_tile"
+        again = "later_tile + c" if self.recipe.plan != REGISTERS else "later_tile"
         text(f"tl.store({base}, tl.where({again} > 0, tl.load({base}), 0.0) + loss)")
         for i, *_ in self.state():
             text(f"off_{i} = off_{i} * (2.0 / (total.to(tl.float32) * {self.program.features}))")

@@ -1,8 +1,9 @@
 """The plan of several launches, for BatchNorm in training mode over a batch beyond one tile.
 
 A launch per stretch between BatchNorms, K (n + 1) + 1 forward, as many backward plus one, and K more where values are
-computed again. A stretch ends by writing its tiles' moments (or sums, backward); every tile of the next one joins them
-in the same order. What crosses is handed on in memory.
+computed again. Values and gradients lie in memory as in ``streamed``, but every tile has a room of its own, where they
+stay from launch to launch: one walk is written on through the kernels. A stretch ends by leaving the moments of each
+program's tiles (or sums, backward); every program of the next one joins them, in the same order, before its tiles.
 """
 
 from __future__ import annotations
@@ -11,177 +12,224 @@ from collections.abc import Callable, Sequence
 
 from gdpd_kernels.backends.triton.layout import Rows
 from gdpd_kernels.backends.triton.module import PRIOR_START, SAMPLER_START, Module
-from gdpd_kernels.backends.triton.walk import JOINED, KNOWN, Text, Walk
-from gdpd_kernels.backends.triton.walk_back import BackwardWalk
+from gdpd_kernels.backends.triton.stream import KNOWN, Room, StreamWalk
+from gdpd_kernels.backends.triton.stream_back import StreamBackwardWalk
+from gdpd_kernels.backends.triton.streamed import compute_again, end_prior, load, over_columns
+from gdpd_kernels.backends.triton.walk import Text
+
+_SIZES = ("k", "batch", "total", "steps", "tiles")
+
+
+def _kernel(
+    module: Module,
+    name: str,
+    arguments: Sequence[str],
+    body: Callable[[Text], None],
+    before: Sequence[str] = (),
+    join: Callable[[Text], None] | None = None,
+) -> None:
+    """A kernel with a program per tile, or with several tiles per program.
+
+    before: lines that come first for each tile.
+    join: writes what a program of several tiles does before them; None if there is one program per tile.
+    """
+
+    def write(text: Text) -> None:
+        def tile() -> None:
+            text("whole = tl.cast(total, tl.int64)")
+            text("room = rooms + tl.cast(tile, tl.int64) * (BLOCK * ROOM)")
+            for line in before:
+                text(line)
+            body(text)
+
+        text("one = tl.minimum(total, 1)")
+        if join is not None:
+            join(text)
+            module.per_tile(text, "rows", tile, shares="shares" in arguments)
+            return
+        text("tile = tl.program_id(0)")
+        module.place(text)
+        tile()
+
+    module.kernel(name, arguments, write)
+
+
+def _set_room(module: Module, room: Room) -> None:
+    """How large the rooms have to be is known at the end."""
+    module.room = room.columns
+    module.parts.append(f"\n\nROOM = tl.constexpr({room.columns})\n")
+
+
+def _start(module: Module, state: int) -> None:
+    def body(text: Text) -> None:
+        def columns() -> None:
+            module.start(text)
+            text(f"store_slot(room, {state}, c, z_0)")
+
+        over_columns(module, text, columns)
+
+    names = PRIOR_START if module.recipe.prediction else SAMPLER_START
+    _kernel(module, "start", (*names, "rooms", "batch", "total"), body)
+
+
+def _forward_stretches(
+    module: Module,
+    walk: StreamWalk,
+    arguments: Sequence[str],
+    last: tuple[Sequence[str], Callable[[Text], None]],
+    before: Sequence[str],
+) -> None:
+    """Kernels forward_0.. of the stretches between BatchNorms; `last`: arguments and end of the last one."""
+    recipe, segments = module.recipe, module.layout.segments
+    for s, numbers in enumerate(segments):
+        ends = s == len(segments) - 1
+
+        def body(text: Text, s: int = s, numbers: range = numbers, ends: bool = ends) -> None:
+            if s == 0:
+                walk.begin_step(f"saved + k * (whole * {module.program.features})" if recipe.save == "states" else "")
+            for number in numbers:
+                walk.forward(number)
+            if ends:
+                walk.end_step()
+                last[1](text)
+                walk.close()
+            else:
+                walk.leave_moments(segments[s + 1][0])
+
+        def join(text: Text, s: int = s, numbers: range = numbers) -> None:
+            walk.text = text
+            if s > 0:
+                walk.join_moments(numbers[0])
+
+        _kernel(module, f"forward_{s}", last[0] if ends else arguments, body, before, join)
 
 
 def forward(module: Module, kept: Rows | None) -> None:
     """Kernels start and forward_0.. of `reverse_sample`."""
-    recipe = module.recipe
-    where = ("state", "next_state", "coefficients", "seed", *module.operands, "stats", "moments", "crossing", "kept",
-             "k", "batch", "total", "tiles")  # fmt: skip
-    _start(module)
+    recipe, room = module.recipe, Room()
+    state = room.take(module.streams.padded(module.program.features))
+    walk = StreamWalk(room, state, KNOWN, module.layout, Text(), recipe.precision, kept)
+    _start(module, state)
 
-    def last(text: Text, walk: Walk) -> None:
-        if "z" not in walk.registers:
-            module.load_state(text, "z", "state")
+    def last(text: Text) -> None:
         module.update(text, walk)
-        module.store_state(text, "z", "next_state")
+        walk.put(state, "z_0")
+        text.block("if k == steps - 1:", lambda: module.store_state(text, "z", "z_hat"))
 
-    _forward_segments(module, where, lambda text: Walk(module.layout, text, recipe.precision, kept, JOINED), last)
-
-
-def _start(module: Module) -> None:
-    def body(text: Text) -> None:
-        text("tile = tl.program_id(0)")
-        module.place(text)
-        module.start(text)
-        module.store_state(text, "z", "next_state")
-
-    names = PRIOR_START if module.recipe.prediction else SAMPLER_START
-    module.kernel("start", (*names, "next_state", "batch", "total"), body)
+    arguments = (
+        "coefficients", "seed", *module.operands, "rooms", "stats", "moments", "z_hat", "saved", *_SIZES,
+    )  # fmt: skip
+    before = [] if kept is None else [f"kept = saved + k * (whole * {kept.width})"]
+    _forward_stretches(module, walk, arguments, (arguments, last), before)
+    _set_room(module, room)
 
 
-def _forward_segments(
-    module: Module, arguments: Sequence[str], new: Callable[[Text], Walk], last: Callable[[Text, Walk], None]
+def _backward_stretches(
+    module: Module,
+    walk: StreamBackwardWalk,
+    arguments: Sequence[str],
+    first: Callable[[Text], None],
+    last: Callable[[Text], None],
+    before: Sequence[str],
 ) -> None:
-    """Kernels forward_0.. of the stretches between BatchNorms."""
-    layout, segments = module.layout, module.layout.segments
-    for s, numbers in enumerate(segments):
+    """Kernels backward_n.. down to backward_0 of the stretches between BatchNorms."""
+    segments = module.layout.segments
+    for s in reversed(range(len(segments))):
 
-        def body(text: Text, s: int = s, numbers: range = numbers) -> None:
-            text("tile = tl.program_id(0)")
-            module.place(text)
-            walk = new(text)
-            if s == 0:
-                module.load_state(text, "z", "state")
-                module.define_state(walk)
-            for number in numbers:
-                walk.forward(number)
-            for name in layout.crossing.at:
-                made_here = name in walk.registers and layout.segment_of(name) == s
-                if made_here and not (walk.kept is not None and name in walk.kept.at):
-                    walk.store(name, walk.registers[name], "crossing", layout.crossing)
-            if s + 1 < len(segments):
-                walk.tile_moments(segments[s + 1][0])
+        def join(text: Text, s: int = s) -> None:
+            walk.text = text
+            if s < len(segments) - 1:
+                walk.join_sums(segments[s + 1][0])
+
+        def body(text: Text, s: int = s) -> None:
+            if s == len(segments) - 1:
+                first(text)
             else:
-                last(text, walk)
+                walk.backward(segments[s + 1][0])
+            for number in reversed(segments[s]):
+                if s > 0 and number == segments[s][0]:
+                    walk.leave_sums(number)
+                else:
+                    walk.backward(number)
+            walk.flush_outer()
+            if s == 0:
+                last(text)
 
-        module.kernel(f"forward_{s}", arguments, body)
+        _kernel(module, f"backward_{s}", arguments, body, before, join)
+    module.written |= walk.written
 
 
 def backward(module: Module, need: frozenset[str]) -> None:
     """Kernels backward_n.. of `reverse_sample`, with what goes before and after them."""
-    recipe, layout = module.recipe, module.layout
-    if recipe.save == "states":
+    recipe, layout, room, states = module.recipe, module.layout, Room(), module.recipe.save == "states"
+    gradient = room.take(module.streams.padded(module.program.features))
+    kept = "kept = scratch" if states else f"kept = saved + k * (whole * {recipe.kept.width})"
+    if states:
 
         def again(text: Text) -> None:
-            text("tile = tl.program_id(0)")
-            module.place(text)
-            walk = Walk(layout, text, recipe.precision, recipe.kept, KNOWN)
-            module.load_state(text, "z", "state")
-            module.define_state(walk)
-            for number in range(1, len(module.program.ops) + 1):
-                walk.forward(number)
+            compute_again(module, StreamWalk(room, None, KNOWN, layout, text, recipe.precision, recipe.kept))
 
-        module.kernel("recompute", ("state", *module.operands, "stats", "kept", "k", "batch", "total"), again)
+        _kernel(module, "recompute", (*module.operands, "rooms", "stats", "saved", "scratch", *_SIZES), again, [kept])
+    walk = StreamBackwardWalk(
+        room, None, KNOWN, layout, Text(), recipe.precision, recipe.kept, need, recipe.wanted, module.shares
+    )
 
-    def first(text: Text, walk: BackwardWalk) -> None:
-        module.load_state(text, "dz", "grad_state")
+    def first(text: Text) -> None:
+        walk.enter(module.program.features)
+        text.block("if k == steps - 1:", lambda: module.load_state(text, "dz", "grad"))
+        text.block("else:", lambda: load(module, text, "dz_0", gradient))
         module.begin_step_back(text, walk)
+        walk.waiting["z"] = gradient
 
-    def last(text: Text, walk: BackwardWalk) -> None:
-        for i, x in enumerate(walk.take_now("z") or ()):
-            text(f"dz_{i} = {x}")
-        module.store_state(text, "dz", "next_grad_state")
-
-    where = ("grad_state", "next_grad_state", "coefficients", *module.operands, "stats", "sums", "gradients", "kept",
-             "shares", "share_stride", *module.grad_outputs, "k", "batch", "total", "steps", "tiles")  # fmt: skip
-    _backward_segments(module, where, need, recipe.kept, first, last)
+    arguments = (
+        "grad", "coefficients", *module.operands, "rooms", "stats", "sums", "joined", "saved", "scratch",
+        "shares", "share_stride", *module.grad_outputs, *_SIZES,
+    )  # fmt: skip
+    _backward_stretches(module, walk, arguments, first, lambda text: None, ["later_step = steps - 1 - k", kept])
 
     def finish(text: Text) -> None:
-        text("tile = tl.program_id(0)")
-        module.place(text)
-        module.load_state(text, "dz", "grad_state")
-        module.finish_sample(text)
+        def columns() -> None:
+            load(module, text, "dz_0", gradient)
+            module.finish_sample(text)
+
+        over_columns(module, text, columns)
 
     if {"z", "alpha"} & recipe.wanted:
-        module.kernel("finish", (*SAMPLER_START, "grad_state", "grad_z", "grad_alpha", "batch", "total"), finish)
+        _kernel(module, "finish", (*SAMPLER_START, "rooms", "grad_z", "grad_alpha", "batch", "total"), finish)
+    _set_room(module, room)
     module.reduction()
-
-
-def _backward_segments(
-    module: Module,
-    arguments: Sequence[str],
-    need: frozenset[str],
-    kept: Rows,
-    first: Callable[[Text, BackwardWalk], None],
-    last: Callable[[Text, BackwardWalk], None],
-) -> None:
-    """Kernels backward_n.. down to backward_0 of the stretches between BatchNorms."""
-    recipe, layout, segments = module.recipe, module.layout, module.layout.segments
-    pending: set[str] = set()
-    for s in reversed(range(len(segments))):
-
-        def body(text: Text, s: int = s) -> None:
-            def tile() -> None:
-                walk = BackwardWalk(
-                    layout, text, recipe.precision, kept, JOINED, need, recipe.wanted, module.shares,
-                    bool(recipe.prediction), pending, module.written,
-                )  # fmt: skip
-                if s == len(segments) - 1:
-                    first(text, walk)
-                else:
-                    walk.backward(segments[s + 1][0])
-                for number in reversed(segments[s]):
-                    if s > 0 and number == segments[s][0]:
-                        walk.batch_norm_sums(number)
-                    else:
-                        walk.backward(number)
-                if s > 0:
-                    walk.hand_over()
-                else:
-                    last(text, walk)
-                walk.flush_outer()
-
-            text("later_step = " + ("0" if recipe.prediction else "steps - 1 - k"))
-            module.per_tile(text, "rows", tile)
-
-        module.kernel(f"backward_{s}", arguments, body)
 
 
 def prior(module: Module, need: frozenset[str], kept: Rows) -> None:
     """Kernels of `prior_loss` and its gradients."""
-    recipe, layout = module.recipe, module.layout
-    _start(module)
-    before = ("state", *PRIOR_START, *module.operands, "stats", "moments", "crossing", "kept", "shares",
-               "share_stride", "residuals", "k", "batch", "total", "tiles")  # fmt: skip
+    recipe, layout, room = module.recipe, module.layout, Room()
+    state = room.take(module.streams.padded(module.program.features))
+    walk = StreamWalk(room, state, KNOWN, layout, Text(), recipe.precision, kept, per_row_tables=True)
+    _start(module, state)
 
-    def loss(text: Text, walk: Walk) -> None:
-        text("later_tile = 0")
-        text("share = shares + tl.cast(tile, tl.int64) * share_stride")
+    def loss(text: Text) -> None:
         module.start(text)
         module.residual(text, walk)
         if recipe.wanted:
-            module.store_state(text, "off", "residuals")
+            walk.put(state, "off_0")  # where nobody reads the state any more
 
-    _forward_segments(
-        module, before, lambda text: Walk(layout, text, recipe.precision, kept, JOINED, per_row_tables=True), loss
-    )
+    arguments = (*PRIOR_START, *module.operands, "rooms", "stats", "moments", "kept", *_SIZES)
+    before = ["k = 0", "later_step = 0"]
+    _forward_stretches(module, walk, arguments, ((*arguments, "shares", "share_stride"), loss), before)
     if recipe.wanted:
+        back = StreamBackwardWalk(
+            room, None, KNOWN, layout, Text(), recipe.precision, kept, need, recipe.wanted, module.shares, True
+        )
 
-        def first(text: Text, walk: BackwardWalk) -> None:
-            off = module.load_state(text, "off", "residuals")
-            walk.send(module.program.output, off, layout.partitions["z"])
+        def first(text: Text) -> None:
+            back.enter(module.program.features)
+            load(module, text, "off_0", state)
+            back.send(module.program.output, ["off_0"], layout.partitions["z"])
 
-        def last(text: Text, walk: BackwardWalk) -> None:
-            if "z" in recipe.wanted:
-                for name in ("signal", "sigma"):
-                    text(f"{name}_ = tl.load({name} + rows, mask=valid, other=0.0)[:, None]")
-                module.load_state(text, "off", "residuals")
-                module.finish_prior(text, walk)
-
-        where = ("signal", "sigma", "residuals", *module.operands, "stats", "sums", "gradients", "kept", "shares",
-                 "share_stride", "grad_z", *module.grad_outputs, "k", "batch", "total", "tiles")  # fmt: skip
-        _backward_segments(module, where, need, kept, first, last)
+        where = (
+            "signal", "sigma", *module.operands, "rooms", "stats", "sums", "joined", "kept", "shares",
+            "share_stride", "grad_z", *module.grad_outputs, *_SIZES,
+        )  # fmt: skip
+        _backward_stretches(module, back, where, first, lambda text: end_prior(module, text, back, state), before)
+    _set_room(module, room)
     module.reduction()

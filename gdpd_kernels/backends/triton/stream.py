@@ -15,6 +15,9 @@ from gdpd_kernels.backends.triton.layout import Partition, Piece, Rows, StreamLa
 from gdpd_kernels.backends.triton.walk import Walk, identifier
 from gdpd_kernels.program import Op
 
+# Where a training-mode BatchNorm has its statistics from: the tile, which is the whole batch, or the row of statistics.
+TILE, KNOWN = "tile", "known"
+
 _OWN_LOOP = {"linear", "slice", "concat", "layer_norm", "rms_norm"}
 
 
@@ -41,14 +44,15 @@ class StreamWalk(Walk):
     Args:
         room: where slots come from.
         state: slot of z, where it is before and after; None if the text defines z.
+        statistics: where BatchNorms have their statistics from.
         more: what `Walk` takes.
     """
 
     layout: StreamLayout
 
-    def __init__(self, room: Room, state: int | None, *more: Any, **named: Any) -> None:
+    def __init__(self, room: Room, state: int | None, statistics: str, *more: Any, **named: Any) -> None:
         super().__init__(*more, **named)
-        self.room = room
+        self.room, self.statistics = room, statistics
         self.slots: dict[str, int] = {} if state is None else {"z": state}
         self._fixed = frozenset(self.slots)
         self.width = 0  # of the loop under way, 0 outside of loops
@@ -182,6 +186,10 @@ class StreamWalk(Walk):
             self._row_moments_found = self.moments_of_rows(op)
         self.enter(self.widths[name])
         self.position = number
+        if op.kind == "batch_norm":
+            self.text(f"# {name} = {op.text()}")
+            self.define(name, self._batch_norm(number, op))
+            return
         super().forward(number)
 
     def each_block(self, name: str, column: str, body: Any) -> None:
@@ -263,6 +271,65 @@ class StreamWalk(Walk):
                 self.text(f"store_moved(room, {self.slots[name]}, {before}, {blocked}, c, {piece.width}, {x})")
             self._wrote = True
             before += self.widths[operand]
+
+    # --- BatchNorm in training mode ---------------------------------------------------------------------------------
+
+    def _batch_norm(self, number: int, op: Op) -> list[str]:
+        (x,), pieces = self.fetch(op.inputs[0]), self.partitions[f"%{number}"]
+        mean, inverse = self.batch_moments(number, op, x, self.statistics)
+        return self._scaled(op, [f"({x} - {mean}) * {inverse}"], pieces)
+
+    def batch_columns(self, number: int) -> tuple[int, Any, Any, Piece]:
+        """Of the statistics of a BatchNorm: the length of their row, where the loop is in each half, and its piece."""
+        (p,) = self.partitions[f"%{number}"]
+        at = self.layout.stats[number]
+        return self.program.stats_width, at + p.start, at + self.widths[f"%{number}"] + p.start, p
+
+    def batch_moments(self, number: int, op: Op, x: str, statistics: str) -> tuple[str, str]:
+        """Mean and 1 / deviation of a piece of a BatchNorm's input."""
+        stride, first, second, p = self.batch_columns(number)
+        if statistics == KNOWN:
+            row = f"load_row(stats + k * {stride}, {{}}, {p.width}, {p.size})"
+            mean, variance = self.new("mean", row.format(first)), self.new("variance", row.format(second))
+        else:
+            self._fresh += 1
+            mean, variance = f"mean_x{self._fresh}", f"variance_x{self._fresh}"
+            self.text(f"{mean}, {variance} = column_moments({x}, valid, total.to(tl.float32))")
+            self.text(f"{variance} = {variance} / total.to(tl.float32)")
+            self.text.block("if tile == 0:", lambda: self._store_statistics(number, mean, variance))
+        inverse = self.new("inverse", f"inverse_deviation({variance}, {op.attr('eps')!r}, {p.width})")
+        return mean, inverse
+
+    def _store_statistics(self, number: int, mean: str, variance: str) -> None:
+        stride, first, second, p = self.batch_columns(number)
+        for y, start in ((mean, first), (variance, second)):
+            self.text(f"store_row(stats + k * {stride}, {y}, {start}, {p.width})")
+
+    def leave_moments(self, number: int) -> None:
+        """The moments of a BatchNorm's input over the program's tiles, for `join_moments` in the next launch."""
+        source = self.program.ops[number - 1].inputs[0]
+        self.enter(self.widths[source])
+        self.position = number - 1
+        stride, first, _, p = self.batch_columns(number)
+        counts = "later_tile // tl.num_programs(0) * BLOCK, tl.minimum(total - tile * BLOCK, BLOCK)"
+        x, columns = self.fetch(source)[0], self.widths[source]
+        self.text(f"add_moments(moments + program * {stride}, {counts}, {x}, valid, {first}, {columns}, {p.width})")
+        self.close()
+
+    def join_moments(self, number: int) -> None:
+        """The statistics of a BatchNorm's input. Every program joins what all have left, and writes the same row."""
+        width = self.widths[f"%{number}"]
+        stride, first, _, p = self.batch_columns(number)
+
+        def body() -> None:
+            place = f"{stride}, {first}, {width}, {p.width}, {p.size}, BLOCK"
+            self.text(f"mean, variance = joined_moments(moments, tl.num_programs(0), tiles, total, {place})")
+            self._store_statistics(number, "mean", "variance")
+
+        self.text.block(self.layout.loop("c", width), body)
+        self.text("tl.debug_barrier()")
+
+    # --- joins --------------------------------------------------------------------------------------------------------
 
     def store_part(self, x: str, piece: Piece, rows: Rows, at: int) -> None:
         self.text(f"store_rows(kept, slots, valid, {x}, {rows.width}, {at + piece.start}, {piece.width})")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gdpd_kernels.backends.triton.layout import Piece, is_outer
-from gdpd_kernels.backends.triton.stream import StreamWalk
+from gdpd_kernels.backends.triton.stream import KNOWN, TILE, StreamWalk
 from gdpd_kernels.backends.triton.walk import identifier
 from gdpd_kernels.backends.triton.walk_back import BackwardWalk, Gradient, now
 from gdpd_kernels.program import Op
@@ -82,7 +82,10 @@ class StreamBackwardWalk(StreamWalk, BackwardWalk):
             self.forget_gradient(name)
             return
         self.enter(self.widths[name])
-        super().backward(number)
+        if op.kind == "batch_norm":
+            self._batch_norm_back(number, op, name)
+        else:
+            super().backward(number)
 
     def _linear_back_of(self, op: Op, name: str) -> None:
         (x,), (weight, bias) = op.inputs, op.params
@@ -164,3 +167,65 @@ class StreamBackwardWalk(StreamWalk, BackwardWalk):
         _, hat, scaled = gradient_and_hat()
         centred = f"{scaled} - {level} / {width}" if mean else scaled
         self.add(source, 0, f"real({inverse} * ({centred} - {hat} * {along} / {width}), {piece.width})")
+
+    # --- BatchNorm in training mode -----------------------------------------------------------------------------------
+
+    def _hat(self, number: int, op: Op) -> tuple[str, str]:
+        """The normalised input and 1 / deviation, from the statistics that forward wrote."""
+        x = self.fetch(op.inputs[0])[0]
+        mean, inverse = self.batch_moments(number, op, x, KNOWN)
+        return self.new("hat", f"({x} - {mean}) * {inverse}"), inverse
+
+    def leave_sums(self, number: int) -> None:
+        """The sums that a BatchNorm's backward needs over the program's tiles, for `join_sums` in the next launch, and
+        the gradients of its parameters."""
+        op, name = self.program.ops[number - 1], f"%{number}"
+        if name not in self.need or (name not in self.found and name not in self.waiting):
+            return
+        self.enter(self.widths[name])
+        self.text(f"# sums over the batch for {name} = {op.text()}")
+        g, (hat, _) = self._under_way(name), self._hat(number, op)
+        self._norm_params(op, [g], [hat], self.partitions[name])
+        stride, first, second, p = self.batch_columns(number)
+        for x, start in ((g, first), (f"{g} * {hat}", second)):
+            self.text(f"add_row(sums + program * {stride}, later_tile, {x}, {start}, {p.width})")
+
+    def join_sums(self, number: int) -> None:
+        """The sums over the batch. Every program joins what all have left, and writes the same row."""
+        if f"%{number}" not in self.waiting:
+            return
+        stride, *starts, p = self.batch_columns(number)
+
+        def body() -> None:
+            for start in starts:
+                row = f"joined_sums(sums, tl.num_programs(0), {stride}, {start}, {p.width}, {p.size})"
+                self.text(f"store_row(joined, {row}, {start}, {p.width})")
+
+        self.text.block(self.layout.loop("c", self.widths[f"%{number}"]), body)
+        self.text("tl.debug_barrier()")
+
+    def _batch_norm_back(self, number: int, op: Op, name: str) -> None:
+        # dx = weight / deviation (g - mean(g) - hat mean(g hat)), g the gradient of the result, means over the batch.
+        g = self._under_way(name)
+        self.forget_gradient(name)
+        self.text(f"# gradients of {name} = {op.text()}")
+        weight, bias = op.param("weight"), op.param("bias")
+        of_tile = self.statistics == TILE  # otherwise `leave_sums` has found the parameters' gradients
+        again = {i: self._parameter_again(i) for i in (weight, bias) if of_tile and f"p{i}" in self.wanted}
+        hat, inverse = self._hat(number, op)
+        _, first, second, p = self.batch_columns(number)
+        for index, row in ((weight, f"{g} * {hat}"), (bias, g)):
+            if index in again:
+                self.text(f"add_row({self._share(index)}, {again[index]}, {row}, {p.start}, {p.width})")
+        if op.inputs[0] not in self.need:
+            return
+        if of_tile:
+            sums: tuple[str, ...] = f"tl.sum({g}, axis=0)[None, :]", f"tl.sum({g} * {hat}, axis=0)[None, :]"
+        else:
+            sums = tuple(f"load_row(joined, {start}, {p.width}, {p.size})" for start in (first, second))
+        level, along = (
+            self.new(stem, f"{x} / total.to(tl.float32)") for stem, x in zip(("level", "along"), sums, strict=True)
+        )
+        scale = self.parameter(weight, p)
+        d = f"{inverse} * ({g} - {level} - {hat} * {along})" + (f" * {scale}" if scale else "")
+        self.send(op.inputs[0], [f"tl.where(valid[:, None], {d}, 0.0)"], (p,))

@@ -9,20 +9,21 @@ from collections.abc import Callable
 
 from gdpd_kernels.backends.triton.layout import Rows
 from gdpd_kernels.backends.triton.module import PRIOR_START, SAMPLER_START, Module
-from gdpd_kernels.backends.triton.stream import Room, StreamWalk
+from gdpd_kernels.backends.triton.stream import KNOWN, TILE, Room, StreamWalk
 from gdpd_kernels.backends.triton.stream_back import StreamBackwardWalk
-from gdpd_kernels.backends.triton.walk import KNOWN, TILE, Text
+from gdpd_kernels.backends.triton.walk import Text
 
 _SCRATCH_ROWS = "tl.cast(program, tl.int64) * BLOCK + tl.arange(0, BLOCK)"
 
 
-def _loop(module: Module, text: Text, body: Callable[[], None]) -> None:
+def over_columns(module: Module, text: Text, body: Callable[[], None]) -> None:
     """A loop over the columns of the state."""
     text.block(module.streams.loop("c", module.program.features), body)
     text("tl.debug_barrier()")
 
 
-def _load(module: Module, text: Text, name: str, slot: int) -> None:
+def load(module: Module, text: Text, name: str, slot: int) -> None:
+    """A slot of the state's width, in a loop over its columns."""
     text(f"{name} = load_slot(room, {slot}, c, BLOCK, {module.layout.partitions['z'][0].size})")
 
 
@@ -64,7 +65,7 @@ def forward(module: Module, kept: Rows | None) -> None:
                 text(f"store_slot(room, {state}, c, z_0)")
 
             def step() -> None:
-                walk = StreamWalk(room, state, module.layout, text, recipe.precision, kept, TILE)
+                walk = StreamWalk(room, state, TILE, module.layout, text, recipe.precision, kept)
                 if kept is not None:
                     text(f"kept = saved + k * (whole * {kept.width})")
                 to = f"saved + k * (whole * {program.features})" if recipe.save == "states" else ""
@@ -77,18 +78,40 @@ def forward(module: Module, kept: Rows | None) -> None:
                 walk.close()
 
             def end() -> None:
-                _load(module, text, "z_0", state)
+                load(module, text, "z_0", state)
                 module.store_state(text, "z", "z_hat")
 
-            _loop(module, text, start)
+            over_columns(module, text, start)
             text.block("for k in tl.range(steps, disable_licm=True):", step)
-            _loop(module, text, end)
+            over_columns(module, text, end)
 
         _tiles(module, text, room, "rows", tile, shares=False)
 
     results = ("z_hat", "stats", "saved")
     numbers = ("batch", "total", "steps", "tiles")
     module.kernel("forward", (*SAMPLER_START, "coefficients", *module.operands, "rooms", *results, *numbers), body)
+
+
+def compute_again(module: Module, walk: StreamWalk) -> None:
+    """The values that backward reads, from the state that forward kept."""
+    walk.enter(module.program.features)
+    module.load_state(walk.text, "z", f"saved + k * (whole * {module.program.features})")
+    walk.define("z", ["z_0"])
+    for number in range(1, len(module.program.ops) + 1):
+        walk.forward(number)
+    walk.end_forward()
+
+
+def end_prior(module: Module, text: Text, walk: StreamBackwardWalk, residual: int) -> None:
+    """The gradient of z_long; `residual`: slot of that of the prediction."""
+    if "z" not in module.recipe.wanted:
+        return
+    walk.enter(module.program.features)
+    load(module, text, "off_0", residual)
+    for name in ("signal", "sigma"):
+        text(f"{name}_ = tl.load({name} + rows, mask=valid, other=0.0)[:, None]")
+    module.finish_prior(text, walk)
+    walk.close()
 
 
 def backward(module: Module, need: frozenset[str]) -> None:
@@ -108,22 +131,17 @@ def backward(module: Module, need: frozenset[str]) -> None:
                 text("k = steps - 1 - i")
                 text("later_step = i")
                 walk = StreamBackwardWalk(
-                    room, None, module.layout, text, recipe.precision, recipe.kept, KNOWN, need, recipe.wanted,
+                    room, None, KNOWN, module.layout, text, recipe.precision, recipe.kept, need, recipe.wanted,
                     module.shares,
                 )  # fmt: skip
                 if states:
                     text("kept = scratch")
-                    walk.enter(program.features)
-                    module.load_state(text, "z", f"saved + k * (whole * {program.features})")
-                    walk.define("z", ["z_0"])
-                    for number in numbers:
-                        walk.forward(number)
-                    walk.end_forward()
+                    compute_again(module, walk)
                 else:
                     text(f"kept = saved + k * (whole * {recipe.kept.width})")
                 walk.statistics = TILE
                 walk.enter(program.features)
-                _load(module, text, "dz_0", gradient)
+                load(module, text, "dz_0", gradient)
                 module.begin_step_back(text, walk)
                 walk.waiting["z"] = gradient
                 for number in reversed(numbers):
@@ -133,13 +151,13 @@ def backward(module: Module, need: frozenset[str]) -> None:
                 module.written |= walk.written
 
             def end() -> None:
-                _load(module, text, "dz_0", gradient)
+                load(module, text, "dz_0", gradient)
                 module.finish_sample(text)
 
-            _loop(module, text, start)
+            over_columns(module, text, start)
             text.block("for i in tl.range(steps, disable_licm=True):", step)
             if {"z", "alpha"} & recipe.wanted:
-                _loop(module, text, end)
+                over_columns(module, text, end)
 
         _tiles(module, text, room, _SCRATCH_ROWS if states else "rows", tile, shares=True)
 
@@ -163,7 +181,7 @@ def prior(module: Module, need: frozenset[str], kept: Rows) -> None:
             text("later_step = 0")
             text("k = 0")
             walk = StreamBackwardWalk(
-                room, None, module.layout, text, recipe.precision, kept, TILE, need, recipe.wanted, module.shares, True
+                room, None, TILE, module.layout, text, recipe.precision, kept, need, recipe.wanted, module.shares, True
             )
             walk.enter(program.features)
             module.start(text)
@@ -181,13 +199,7 @@ def prior(module: Module, need: frozenset[str], kept: Rows) -> None:
             for number in reversed(numbers):
                 walk.backward(number)
             walk.flush_outer()
-            if "z" in recipe.wanted:
-                walk.enter(program.features)
-                _load(module, text, "off_0", target)
-                for name in ("signal", "sigma"):
-                    text(f"{name}_ = tl.load({name} + rows, mask=valid, other=0.0)[:, None]")
-                module.finish_prior(text, walk)
-                walk.close()
+            end_prior(module, text, walk, target)
             module.written |= walk.written
 
         _tiles(module, text, room, _SCRATCH_ROWS, tile, shares=True)

@@ -1,4 +1,4 @@
-"""Device functions of the generated kernels: blocks of rows in and out, products, norms, activations, noise.
+"""Device functions of the generated kernels: blocks of rows in and out, products, norms, noise; with `activations`.
 
 A block is [rows, size]: `width` of its `size` columns are real, and only those rows that are `valid`. What lies in the
 padding of a value is finite and otherwise arbitrary; the padding of a gradient is zero.
@@ -11,9 +11,14 @@ import os
 import triton
 import triton.language as tl
 
+from gdpd_kernels.backends.triton.activations import *  # noqa: F403
+
 # Triton's interpreter truncates to bfloat16 and multiplies its bit patterns; there, products are taken of float32
 # numbers that are rounded by hand, which means the same.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "") == "1")
+
+# Programs whose part of a batch's statistics is joined at a time.
+TOGETHER = tl.constexpr(32)
 
 # --- rows and columns in memory -------------------------------------------------------------------------------------
 
@@ -249,40 +254,65 @@ def column_moments(x, valid, count):
 
 
 @triton.jit
-def joined_moments(
-    moments, tiles, total,
-    stride: tl.constexpr, start: tl.constexpr, columns: tl.constexpr, width: tl.constexpr, size: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Mean and biased variance of the batch [1, size] from the moments of its tiles, always in the same order.
+def add_moments(base, before, count, x, valid, start, columns: tl.constexpr, width):
+    """The moments of x, of whose rows `count` are valid, joined with those of `before` rows that are there already.
 
-    M2 = sum_i (M2_i + n_i (mean_i - mean)^2) (Chan, Golub & LeVeque, 1983).
+    M2 = M2_a + M2_b + (mean_b - mean_a)^2 n_a n_b / (n_a + n_b) (Chan, Golub & LeVeque, 1983).
+    """
+    cols = tl.arange(0, x.shape[1])
+    at = base + start + cols[None, :]
+    mask, again = (cols < width)[None, :], (cols < before * x.shape[1])[None, :]
+    mean, square = column_moments(x, valid, count.to(tl.float32))
+    old = tl.load(at, mask=mask & again, other=0.0)
+    old_square = tl.load(at + columns, mask=mask & again, other=0.0)
+    share = count.to(tl.float32) / (before + count).to(tl.float32)
+    off = mean - old
+    tl.store(at, old + off * share, mask=mask)
+    tl.store(at + columns, old_square + square + off * (off * (before.to(tl.float32) * share)), mask=mask)
+
+
+@triton.jit
+def joined_moments(
+    moments, programs, tiles, total,
+    stride: tl.constexpr, start, columns: tl.constexpr, width, size: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Mean and biased variance of the batch [1, size] from what `programs` have left, always in the same order.
+
+    Of some programs at a time M2 = sum_i (M2_i + n_i (mean_i - mean)^2); these and those before as in `add_moments`.
     """
     cols = tl.arange(0, size)
-    mask = cols < width
-    mean = tl.zeros([size], tl.float32)
-    for i in range(tiles):
-        n = tl.minimum(total - i * BLOCK, BLOCK).to(tl.float32)
-        mean += n * tl.load(moments + i * stride + start + cols, mask=mask, other=0.0)
-    mean = mean / total.to(tl.float32)
-    square = tl.zeros([size], tl.float32)
-    for i in range(tiles):
-        n = tl.minimum(total - i * BLOCK, BLOCK).to(tl.float32)
-        off = tl.load(moments + i * stride + start + cols, mask=mask, other=0.0) - mean
-        square += tl.load(moments + i * stride + start + columns + cols, mask=mask, other=0.0) + n * off * off
+    before = tl.zeros([size], tl.float32)
+    mean, square = before, before
+    for first in tl.range(0, programs, TOGETHER, disable_licm=True):
+        which = first + tl.arange(0, TOGETHER)
+        at = moments + which[:, None] * stride + (start + cols)[None, :]
+        mask = (which < programs)[:, None] & (cols < width)[None, :]
+        # Rows of a program: its tiles are full but for the last of all.
+        n = (tiles - which + programs - 1) // programs * BLOCK
+        n = tl.where((tiles - 1) % programs == which, n - (tiles * BLOCK - total), n)
+        n = tl.where(which < programs, n, 0).to(tl.float32)[:, None]
+        count = tl.sum(n)
+        means = tl.load(at, mask=mask, other=0.0)
+        middle = tl.sum(n * means, axis=0) / count
+        off = means - middle[None, :]
+        within = tl.sum(tl.load(at + columns, mask=mask, other=0.0) + n * off * off, axis=0)
+        share = count / (before + count)
+        off = middle - mean
+        mean += off * share
+        square += within + off * (off * (before * share))
+        before += count
     return mean[None, :], square[None, :] / total.to(tl.float32)
 
 
 @triton.jit
-def joined_sums(
-    sums, tiles,
-    stride: tl.constexpr, start: tl.constexpr, width: tl.constexpr, size: tl.constexpr,
-):  # fmt: skip
-    """[1, size]: a sum over the batch from those of its tiles, always in the same order."""
+def joined_sums(sums, programs, stride: tl.constexpr, start, width, size: tl.constexpr):
+    """[1, size]: a sum over the batch from those of the programs, always in the same order."""
     cols = tl.arange(0, size)
     found = tl.zeros([size], tl.float32)
-    for i in range(tiles):
-        found += tl.load(sums + i * stride + start + cols, mask=cols < width, other=0.0)
+    for first in tl.range(0, programs, TOGETHER, disable_licm=True):
+        which = first + tl.arange(0, TOGETHER)
+        mask = (which < programs)[:, None] & (cols < width)[None, :]
+        found += tl.sum(tl.load(sums + which[:, None] * stride + (start + cols)[None, :], mask=mask, other=0.0), axis=0)
     return found[None, :]
 
 
@@ -291,131 +321,6 @@ def inverse_deviation(variance, eps, width):
     """1 / sqrt(variance + eps) [1, size], zero in the padding: eps may be zero."""
     inside = (tl.arange(0, variance.shape[1]) < width)[None, :]
     return tl.where(inside, 1.0 / tl.sqrt(tl.where(inside, variance, 1.0) + eps), 0.0)
-
-
-# --- activations and their derivatives ------------------------------------------------------------------------------
-
-
-@triton.jit
-def relu(x):
-    """max(x, 0); a NaN stays."""
-    return tl.where(x <= 0.0, 0.0, x)
-
-
-@triton.jit
-def relu_grad(y, g):
-    """From the result y."""
-    return tl.where(y <= 0.0, 0.0, g)
-
-
-@triton.jit
-def leaky_relu(x, slope):
-    """x, or slope x where x is negative."""
-    return tl.where(x > 0.0, x, x * slope)
-
-
-@triton.jit
-def leaky_relu_grad(x, g, slope):
-    """From the input."""
-    return tl.where(x > 0.0, g, g * slope)
-
-
-@triton.jit
-def elu(x, alpha):
-    """Near zero by the series of exp(x) - 1, which would cancel."""
-    down = tl.minimum(x, 0.0)
-    series = down * (1.0 + down * (0.5 + down * (0.16666667 + down * (0.041666668 + down * 0.008333334))))
-    return tl.where(x > 0.0, x, alpha * tl.where(down > -0.2, series, tl.exp(down) - 1.0))
-
-
-@triton.jit
-def elu_grad(x, g, alpha):
-    """From the input."""
-    return tl.where(x > 0.0, g, g * alpha * tl.exp(tl.minimum(x, 0.0)))
-
-
-@triton.jit
-def softplus(x):
-    """max(x, 0) + log(1 + exp(-|x|)), of a small exponential by its series."""
-    e = tl.exp(-tl.abs(x))
-    series = e * (1.0 - e * (0.5 - e * (0.33333333 - e * (0.25 - e * 0.2))))
-    return tl.maximum(x, 0.0) + tl.where(e < 0.03, series, tl.log(1.0 + e))
-
-
-@triton.jit
-def softplus_grad(x, g):
-    """From the input."""
-    return g * sigmoid(x)
-
-
-@triton.jit
-def sigmoid(x):
-    """1 / (1 + exp(-x)), through exp of what is not positive, which cannot overflow."""
-    e = tl.exp(-tl.abs(x))
-    return tl.where(x >= 0.0, 1.0, e) / (1.0 + e)
-
-
-@triton.jit
-def sigmoid_grad(y, g):
-    """From the result y."""
-    return g * y * (1.0 - y)
-
-
-@triton.jit
-def tanh(x):
-    """Near zero by its series, where 1 - exp(-2 |x|) would cancel."""
-    e = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - e) / (1.0 + e)
-    s = x * x
-    near = tl.abs(x) * (1.0 + s * (-0.33333333 + s * (0.13333333 + s * (-0.053968254 + s * 0.021869488))))
-    size = tl.where(s < 0.04, near, far)
-    return tl.where(x < 0.0, -size, size)
-
-
-@triton.jit
-def tanh_grad(y, g):
-    """From the result y."""
-    return g * (1.0 - y * y)
-
-
-@triton.jit
-def silu(x):
-    """x sigmoid(x)."""
-    return x * sigmoid(x)
-
-
-@triton.jit
-def silu_grad(x, g):
-    """From the input."""
-    s = sigmoid(x)
-    return g * s * (1.0 + x * (1.0 - s))
-
-
-@triton.jit
-def gelu(x):
-    """x times the normal distribution function (Hendrycks & Gimpel, 2016)."""
-    return 0.5 * x * (1.0 + tl.math.erf(0.70710678118654752 * x))
-
-
-@triton.jit
-def gelu_grad(x, g):
-    """From the input."""
-    density = 0.39894228040143268 * tl.exp(-0.5 * x * x)
-    return g * (0.5 * (1.0 + tl.math.erf(0.70710678118654752 * x)) + x * density)
-
-
-@triton.jit
-def gelu_tanh(x):
-    """GELU through tanh in place of erf."""
-    return 0.5 * x * (1.0 + tanh(0.79788456080286536 * (x + 0.044715 * x * x * x)))
-
-
-@triton.jit
-def gelu_tanh_grad(x, g):
-    """From the input."""
-    t = tanh(0.79788456080286536 * (x + 0.044715 * x * x * x))
-    inner = 0.79788456080286536 * (1.0 + 0.134145 * x * x)
-    return g * 0.5 * (1.0 + t + x * (1.0 - t * t) * inner)
 
 
 # --- noise ----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ MAX_WIDTH = 512
 FUSED_BATCH_ROWS = 64
 
 # Programs of a launch, at most, where each takes several tiles. Backward, one has a share of the parameters' gradients
-# of its own, [programs, params]; forward, with values in memory, a room for them.
+# of its own, [programs, params]; in the split plan each joins what all have left; forward, with values in memory, one
+# has a room for them.
 MAX_PROGRAMS, MAX_FORWARD_PROGRAMS = 128, 512
 
 # The register budget. A thread has 255: values stay in registers where all values of a step together, as if nothing
@@ -59,24 +60,25 @@ def tile(program: DenoiserProgram, total: int, precision: str, architecture: str
         architecture: "cuda" or "hip", of the GPU.
     """
     if program.batch_norms and total <= FUSED_BATCH_ROWS:
-        return _in_memory(max(16, 1 << (total - 1).bit_length()), architecture), MEMORY
+        return _in_memory(program, max(16, 1 << (total - 1).bit_length()), architecture), MEMORY
     # 16 rows are what a matrix unit takes; more of them share each load of a weight, once there are programs enough.
-    padded = _padded(max(program.widths.values()))
-    rows = 16 if total <= 16 * 256 or (padded > 256 and program.batch_norms) else 32
-    warps = 4 if rows * padded <= 1024 else 8
+    rows = 16 if total <= 16 * 256 else 32
     if program.batch_norms:
-        return Tile(rows, warps, _CHUNK), SPLIT
+        return _in_memory(program, rows, architecture), SPLIT
+    warps = 4 if rows * _padded(max(program.widths.values())) <= 1024 else 8
     # More than four warps of AMD's 64 threads leave each with so few registers that they count as four of 32.
     threads = 32 * (4 if architecture == "hip" else warps)
     if rows * sum(map(_padded, program.widths.values())) <= _REGISTERS_OF_VALUES * threads:
         return Tile(rows, warps, _CHUNK), REGISTERS
-    return _in_memory(rows, architecture), MEMORY
+    return _in_memory(program, rows, architecture), MEMORY
 
 
-def _in_memory(rows: int, architecture: str) -> Tile:
+def _in_memory(program: DenoiserProgram, rows: int, architecture: str) -> Tile:
+    # Were all values one block wide, a step would be one stretch of code without loops, held in registers as a whole.
+    chunk = _MEMORY_CHUNK if max(program.widths.values()) > _MEMORY_CHUNK else _MEMORY_CHUNK // 2
     # A thread of AMD's GPUs has twice the registers as long as there are four warps of 64 threads.
-    warps = 4 if architecture == "hip" else max(4, rows * _MEMORY_CHUNK // (32 * _REGISTERS_OF_BLOCK))
-    return Tile(rows, warps, _MEMORY_CHUNK)
+    warps = 4 if architecture == "hip" else max(4, rows * chunk // (32 * _REGISTERS_OF_BLOCK))
+    return Tile(rows, warps, chunk)
 
 
 def _padded(width: int) -> int:

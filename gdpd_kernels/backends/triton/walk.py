@@ -17,10 +17,6 @@ from gdpd_kernels.program import Op
 _ACTIVATIONS = {"relu", "silu", "softplus", "gelu", "gelu_tanh", "tanh", "sigmoid"}
 SHAPED = {"leaky_relu": "slope", "elu": "alpha"}
 
-# Where a training-mode BatchNorm has its statistics from: the tile, which is the whole batch; the row of statistics
-# that forward wrote; the moments that all tiles wrote in the launch before.
-TILE, KNOWN, JOINED = "tile", "known", "joined"
-
 
 def identifier(name: str) -> str:
     """A value's name as Python allows it."""
@@ -52,7 +48,6 @@ class Walk:
         text: where the source goes.
         precision: of the matrix products, as `tiles.dot` names it.
         kept: buffer of the values that backward reads: forward writes to it, backward reads it.
-        statistics: where BatchNorms have their statistics from.
         per_row_tables: tables have one row per trajectory, as in `prior_loss`, not one per step.
     """
 
@@ -62,12 +57,11 @@ class Walk:
         text: Text,
         precision: str,
         kept: Rows | None,
-        statistics: str,
         per_row_tables: bool = False,
     ) -> None:
         self.layout, self.text, self.precision = layout, text, precision
         self.program, self.widths, self.partitions = layout.program, layout.program.widths, layout.partitions
-        self.kept, self.statistics, self.per_row_tables = kept, statistics, per_row_tables
+        self.kept, self.per_row_tables = kept, per_row_tables
         self.registers: dict[str, list[str]] = {}
         self._fresh = 0
 
@@ -81,12 +75,9 @@ class Walk:
                 self.text(f"{variable} = {expression}")
         self.registers[name] = found
         if self.kept is not None and name in self.kept.at:
-            self.store(name, found, "kept", self.kept, "slots")
-
-    def store(self, name: str, pieces: Sequence[str], base: str, rows: Rows, at: str = "rows") -> None:
-        for piece, x in zip(self.partitions[name], pieces, strict=True):
-            start = rows.at[name] + piece.start
-            self.text(f"store_rows({base}, {at}, valid, {x}, {rows.width}, {start}, {piece.width})")
+            for piece, x in zip(self.partitions[name], found, strict=True):
+                start = self.kept.at[name] + piece.start
+                self.text(f"store_rows(kept, slots, valid, {x}, {self.kept.width}, {start}, {piece.width})")
 
     def fetch(self, name: str, partition: Partition | None = None) -> list[str]:
         """Names of the pieces of a value, cut as it is or as asked for."""
@@ -98,15 +89,9 @@ class Walk:
             if partition == self.partitions[name]:
                 self.registers[name] = made
             return made
-        if self.kept is not None and name in self.kept.at:
-            base, at, stride, start = "kept", "slots", self.kept.width, self.kept.at[name]
-        elif name == "z":
-            base, at, stride, start = "state", "rows", self.program.features, 0
-        else:
-            crossing = self.layout.crossing
-            base, at, stride, start = "crossing", "rows", crossing.width, crossing.at[name]
-        places = [f"{stride}, {start + p.start}, {p.width}, {p.size}" for p in partition]
-        return [self.new(identifier(name), f"load_rows({base}, {at}, valid, {place})") for place in places]
+        assert self.kept is not None
+        places = [f"{self.kept.width}, {self.kept.at[name] + p.start}, {p.width}, {p.size}" for p in partition]
+        return [self.new(identifier(name), f"load_rows(kept, slots, valid, {place})") for place in places]
 
     def forget(self) -> None:
         """From here on, values are read from memory, which all threads see."""
@@ -155,8 +140,6 @@ class Walk:
         pieces = self.partitions[name]
         if op.kind == "linear":
             self.define(name, self._linear(op, pieces))
-        elif op.kind == "batch_norm":
-            self.define(name, self._batch_norm(number, op, pieces))
         elif op.kind == "batch_norm_eval":
             hats = [f"({x} - {mean}) * {inverse}" for x, mean, inverse in self._eval_moments(op, pieces)]
             self.define(name, self._scaled(op, hats, pieces))
@@ -228,48 +211,6 @@ class Walk:
         squares = " + ".join(f"row_sum({x} * {x}, {p.width})" for x, p in zip(off, pieces, strict=True))
         deviation = f"tl.sqrt(tl.where(valid[:, None], ({squares}) / {width} + {op.attr('eps')!r}, 1.0))"
         return mean, self.new("inverse", f"tl.where(valid[:, None], 1.0 / {deviation}, 0.0)"), xs
-
-    def _batch_norm(self, number: int, op: Op, pieces: Partition) -> list[str]:
-        hats = []
-        for x, p in zip(self.fetch(op.inputs[0]), pieces, strict=True):
-            mean, inverse = self.batch_moments(number, op, x, p)
-            hats.append(f"({x} - {mean}) * {inverse}")
-        return self._scaled(op, hats, pieces)
-
-    def batch_moments(self, number: int, op: Op, x: str, p: Piece) -> tuple[str, str]:
-        """Mean and 1 / deviation of a piece of a BatchNorm's input."""
-        at, columns, stride = self.layout.stats[number], self.widths[op.inputs[0]], self.program.stats_width
-        if self.statistics == KNOWN:
-            row = f"load_row(stats + k * {stride}, {{}}, {p.width}, {p.size})"
-            mean = self.new("mean", row.format(at + p.start))
-            variance = self.new("variance", row.format(at + columns + p.start))
-        else:
-            self._fresh += 1
-            mean, variance = f"mean_x{self._fresh}", f"variance_x{self._fresh}"
-            if self.statistics == TILE:
-                self.text(f"{mean}, {variance} = column_moments({x}, valid, total.to(tl.float32))")
-                self.text(f"{variance} = {variance} / total.to(tl.float32)")
-            else:
-                place = f"{stride}, {at + p.start}, {columns}, {p.width}, {p.size}, BLOCK"
-                self.text(f"{mean}, {variance} = joined_moments(moments, tiles, total, {place})")
-
-            def tell() -> None:
-                for y, start in ((mean, at), (variance, at + columns)):
-                    self.text(f"store_row(stats + k * {stride}, {y}, {start + p.start}, {p.width})")
-
-            self.text.block("if tile == 0:", tell)
-        inverse = self.new("inverse", f"inverse_deviation({variance}, {op.attr('eps')!r}, {p.width})")
-        return mean, inverse
-
-    def tile_moments(self, number: int) -> None:
-        """Leave the moments of a BatchNorm's input for the next launch."""
-        op = self.program.ops[number - 1]
-        at, columns, stride = self.layout.stats[number], self.widths[op.inputs[0]], self.program.stats_width
-        self.text("count = tl.minimum(total - tile * BLOCK, BLOCK).to(tl.float32)")
-        for x, p in zip(self.fetch(op.inputs[0]), self.partitions[f"%{number}"], strict=True):
-            self.text(f"mean, square = column_moments({x}, valid, count)")
-            for y, start in (("mean", at), ("square", at + columns)):
-                self.text(f"store_row(moments + tile * {stride}, {y}, {start + p.start}, {p.width})")
 
     def _slice(self, op: Op, pieces: Partition) -> list[str]:
         source, start = op.inputs[0], int(op.attr("start"))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from gdpd_kernels.backends.triton.layout import Layout, Partition, Piece, Rows, is_outer
-from gdpd_kernels.backends.triton.walk import KNOWN, SHAPED, TILE, Text, Walk, identifier
+from gdpd_kernels.backends.triton.layout import Layout, Partition, Piece, Rows
+from gdpd_kernels.backends.triton.walk import SHAPED, Text, Walk, identifier
 from gdpd_kernels.program import Op
 
 _GRAD_OF_RESULT = {"relu", "tanh", "sigmoid"}
@@ -44,8 +44,6 @@ class BackwardWalk(Walk):
         wanted: outer values and parameters whose gradient is asked for.
         shares: where each parameter's gradient begins in a program's share of the gradients; "tables" where those
             of the tables begin, one after the other.
-        pending: values whose gradient earlier launches have left in the buffer ``gradients``; it is kept up to date.
-        written: parameters and outer values whose gradient this step has stored before; it is kept up to date.
     """
 
     def __init__(
@@ -54,19 +52,15 @@ class BackwardWalk(Walk):
         text: Text,
         precision: str,
         kept: Rows,
-        statistics: str,
         need: frozenset[str],
         wanted: frozenset[str],
         shares: dict[str, int],
         per_row_tables: bool = False,
-        pending: set[str] | None = None,
-        written: set[str] | None = None,
     ) -> None:
-        super().__init__(layout, text, precision, kept, statistics, per_row_tables)
+        super().__init__(layout, text, precision, kept, per_row_tables)
         self.need, self.wanted, self.shares = need, wanted, shares
         self.gradients: dict[str, list[Gradient | None]] = {}
-        self.pending = set() if pending is None else pending
-        self.written = set() if written is None else written
+        self.written: set[str] = set()  # parameters and outer values whose gradient this step has stored before
 
     # --- gradients under way ----------------------------------------------------------------------------------------
 
@@ -74,7 +68,7 @@ class BackwardWalk(Walk):
         """Add to the gradient of a value's piece; what is added is not written before the sum is read."""
         if name not in self.need:
             return
-        pieces = self._open(name)
+        pieces = self.gradients.setdefault(name, [None] * len(self.partitions[name]))
         before, variable = pieces[index], f"d_{identifier(name)}_{index}"
 
         def write() -> str:
@@ -86,23 +80,9 @@ class BackwardWalk(Walk):
         if before is not None:
             now(pieces[index])  # type: ignore[arg-type]
 
-    def _open(self, name: str) -> list[Gradient | None]:
-        if name not in self.gradients:
-            self.gradients[name] = [None] * len(self.partitions[name])
-            if name in self.pending:
-                self.pending.discard(name)
-                rows = self.layout.gradients
-                for i, p in enumerate(self.partitions[name]):
-                    variable = f"d_{identifier(name)}_{i}"
-                    place = f"{rows.width}, {rows.at[name] + p.start}, {p.width}, {p.size}"
-                    self.text(f"{variable} = load_rows(gradients, rows, valid, {place})")
-                    self.gradients[name][i] = variable
-        return self.gradients[name]
-
     def take(self, name: str) -> list[Gradient] | None:
         """The finished gradient of a value, None if there is none."""
-        pieces = self._open(name) if name in self.pending else self.gradients.get(name)
-        self.gradients.pop(name, None)
+        pieces = self.gradients.pop(name, None)
         if pieces is None or not any(pieces):
             return None
         return [
@@ -114,13 +94,6 @@ class BackwardWalk(Walk):
         """As `take`, all of it written."""
         pieces = self.take(name)
         return None if pieces is None else [now(x) for x in pieces]
-
-    def hand_over(self) -> None:
-        """Leave the gradients under way to the next launch."""
-        for name in list(self.gradients):
-            if not is_outer(name) and (pieces := self.take_now(name)) is not None:
-                self.store(name, pieces, "gradients", self.layout.gradients)
-                self.pending.add(name)
 
     def flush_outer(self) -> None:
         """Write the gradients of tables and rows that this walk has found."""
@@ -153,7 +126,7 @@ class BackwardWalk(Walk):
     # --- operations -------------------------------------------------------------------------------------------------
 
     def backward(self, number: int) -> None:
-        """One operation; of a BatchNorm whose sums are not the tile's, what comes after the sums."""
+        """One operation."""
         op, name = self.program.ops[number - 1], f"%{number}"
         if name not in self.need:
             self.gradients.pop(name, None)
@@ -165,8 +138,6 @@ class BackwardWalk(Walk):
         pieces = self.partitions[name]
         if op.kind == "linear":
             self._linear_back(op, grads, pieces)
-        elif op.kind == "batch_norm":
-            self._batch_norm_back(number, op, grads, pieces)
         elif op.kind == "batch_norm_eval":
             self._eval_norm_back(op, [now(g) for g in grads], pieces)
         elif op.kind in ("layer_norm", "rms_norm"):
@@ -326,71 +297,3 @@ class BackwardWalk(Walk):
             inverse = self.new("inverse", f"inverse_deviation({variance}, {op.attr('eps')!r}, {p.width})")
             found.append((str(self.parameter(op.param("mean"), p)), inverse))
         return found
-
-    # --- BatchNorm in training mode ---------------------------------------------------------------------------------
-
-    def _hats(self, number: int, op: Op, pieces: Partition) -> list[tuple[str, str]]:
-        """The normalised input and 1 / deviation of each piece."""
-        found = []
-        before, self.statistics = self.statistics, KNOWN  # forward has written them
-        for x, p in zip(self.fetch(op.inputs[0], pieces), pieces, strict=True):
-            mean, inverse = self.batch_moments(number, op, x, p)
-            found.append((self.new("hat", f"({x} - {mean}) * {inverse}"), inverse))
-        self.statistics = before
-        return found
-
-    def batch_norm_sums(self, number: int) -> None:
-        """The tile's part of the sums that a BatchNorm's backward needs, and of its parameters' gradients."""
-        op, name = self.program.ops[number - 1], f"%{number}"
-        if name not in self.need or (grads := self.take_now(name)) is None:
-            return
-        self.text(f"# sums over the batch for {name} = {op.text()}")
-        pieces = self.partitions[name]
-        at, columns, stride = self.layout.stats[number], self.widths[op.inputs[0]], self.program.stats_width
-        hats = [hat for hat, _ in self._hats(number, op, pieces)]
-        self._norm_params(op, grads, hats, pieces)
-        for g, hat, p in zip(grads, hats, pieces, strict=True):
-            for x, start in ((g, at), (f"{g} * {hat}", at + columns)):
-                row = f"tl.sum({x}, axis=0)[None, :]"
-                self.text(f"store_row(sums + tile * {stride}, {row}, {start + p.start}, {p.width})")
-        self.gradients[name] = list(grads)
-
-    def _batch_norm_back(self, number: int, op: Op, grads: Sequence[Gradient], pieces: Partition) -> None:
-        # dx = weight / deviation (g - mean(g) - hat mean(g hat)), g the gradient of the result, means over the batch.
-        at, columns, stride = self.layout.stats[number], self.widths[op.inputs[0]], self.program.stats_width
-        of_tile, own = self.statistics == TILE, [f"p{index}" for index in op.params if index is not None]
-        uses = [f"p{index}" for other in self.program.ops for index in other.params if index is not None]
-        if not of_tile or any(uses.count(name) > 1 for name in own):
-            grads = [now(g) for g in grads]  # others add to the parameter's sums as well: in the order of operations
-        weight, bias = op.param("weight"), op.param("bias")
-        told = of_tile and {f"p{weight}", f"p{bias}"} & self.wanted
-        again = {i: self._parameter_again(i) for i in (weight, bias) if told and f"p{i}" in self.wanted}
-
-        def write(gradient: Gradient, p: Piece) -> str:
-            g = now(gradient)
-            g = g if g.isidentifier() else self.new("grad", g)
-            ((hat, inverse),) = self._hats(number, op, (p,))
-            for index, row in ((weight, f"{g} * {hat}"), (bias, g)):
-                if index in again:
-                    self.text(f"add_row({self._share(index)}, {again[index]}, {row}, {p.start}, {p.width})")
-            if op.inputs[0] not in self.need:
-                return "0.0"
-            if of_tile:
-                level = f"tl.sum({g}, axis=0)[None, :]"
-                along = f"tl.sum({g} * {hat}, axis=0)[None, :]"
-            else:
-                place = f"sums, tiles, {stride}, {{}}, {p.width}, {p.size}"
-                level = f"joined_sums({place.format(at + p.start)})"
-                along = f"joined_sums({place.format(at + columns + p.start)})"
-            level = self.new("level", f"{level} / total.to(tl.float32)")
-            along = self.new("along", f"{along} / total.to(tl.float32)")
-            scale = self.parameter(weight, p)
-            d = f"{inverse} * ({g} - {level} - {hat} * {along})" + (f" * {scale}" if scale else "")
-            return f"tl.where(valid[:, None], {d}, 0.0)"
-
-        made = [Later(lambda g=g, p=p: write(g, p)) for g, p in zip(grads, pieces, strict=True)]  # type: ignore[misc]
-        if op.inputs[0] in self.need:
-            self.send(op.inputs[0], made, pieces)
-        else:
-            for later in made:
-                later()
