@@ -92,26 +92,31 @@ class LocalProcesses:
         check_counts(workers, threads)
         self.capacity = workers
         self._threads = threads
-        self._others = set(multiprocessing.active_children())
-        self._pool = self._make()
+        self._idle = [_Process(threads) for _ in range(workers)]
+        self._busy: dict[Future[Done], _Process] = {}
 
     def submit(self, function: Callable[..., Done], *arguments: Any) -> Any:
         """Start a task; returns its future."""
+        process = self._idle.pop()
         try:
-            return self._pool.submit(function, *arguments)
-        except BrokenProcessPool:  # a worker died while none was waited for
-            self._pool.shutdown(wait=False, cancel_futures=True)
-            self._pool = self._make()
-            return self._pool.submit(function, *arguments)
+            future = process.pool.submit(function, *arguments)
+        except BrokenProcessPool:  # it died with a task, or idle
+            process.close()
+            process = _Process(self._threads)
+            future = process.pool.submit(function, *arguments)
+        self._busy[future] = process
+        return future
 
     def wait(self, handles: list[Any]) -> list[tuple[Any, Done | WorkerLost]]:
-        """Wait for the first of the futures; when a worker dies, all tasks of the pool are lost with it."""
+        """Wait for the first of the futures; when a worker dies, its task alone is lost."""
         ended, _ = wait(handles, return_when=FIRST_COMPLETED)
         found: list[tuple[Any, Done | WorkerLost]] = []
         for handle in (handle for handle in handles if handle in ended):
+            process = self._busy.pop(handle)
+            self._idle.append(process)
             error = handle.exception()
             if isinstance(error, BrokenProcessPool):
-                found.append((handle, WorkerLost(str(error))))
+                found.append((handle, WorkerLost(process.told_end())))
             elif error is not None:
                 found.append((handle, Done(reason=f"{type(error).__name__}: {error}")))
             else:
@@ -120,17 +125,38 @@ class LocalProcesses:
 
     def close(self) -> None:
         """End the worker processes."""
-        for process in set(multiprocessing.active_children()) - self._others:
-            process.terminate()
-        self._pool.shutdown(cancel_futures=True)
+        for process in (*self._idle, *self._busy.values()):
+            process.close()
 
-    def _make(self) -> ProcessPoolExecutor:
-        # Spawned, not forked: torch's thread pool does not survive a fork.
-        with pinned_environment(self._threads):
-            pool = ProcessPoolExecutor(self.capacity, get_context("spawn"), _begin, (self._threads,))
-            for _ in range(self.capacity):  # a process starts with a task while none is idle, and not one is by now
-                pool.submit(os.getpid)
-        return pool
+
+class _Process:
+    """One worker process in an executor of its own, so that no other task is lost when it dies."""
+
+    def __init__(self, threads: int) -> None:
+        others = set(multiprocessing.active_children())
+        with pinned_environment(threads):
+            # Spawned, not forked: torch's thread pool does not survive a fork.
+            self.pool = ProcessPoolExecutor(1, get_context("spawn"), _begin, (threads,))
+            self.pool.submit(os.getpid)  # the process starts with a task
+        self._started = set(multiprocessing.active_children()) - others
+
+    def told_end(self) -> str:
+        """How it ended."""
+        for process in self._started:
+            process.join(timeout=5)
+            code = process.exitcode
+            if code is not None and code < 0:
+                name = signal.Signals(-code).name
+                return f"its worker died of {name}" + (" (often: no memory left)" if name == "SIGKILL" else "")
+            if code is not None:
+                return f"its worker ended with exit code {code}"
+        return "its worker died"
+
+    def close(self) -> None:
+        """End the process."""
+        for process in self._started:
+            process.terminate()
+        self.pool.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from gdpd.experiments import Grid, Listener, Variant, read_results, run_grid, ru
 from gdpd.experiments.job import Done, carry_out
 from gdpd.experiments.results import DATABASE
 from gdpd.experiments.runner import plan
-from gdpd.experiments.workers import ThisProcess, WorkerLost
+from gdpd.experiments.workers import LocalProcesses, ThisProcess, WorkerLost
 from made_grids import made_training
 
 __all__ = ["made_training"]  # a fixture
@@ -279,6 +279,33 @@ def test_worker_processes_share_a_teacher_and_one_that_dies_is_replaced(tmp_path
         "main.alpha", "main.ce", "main.ce_hat", "main.kd", "main.loss",
         "warmup.autoencoder", "warmup.ce", "warmup.kd", "warmup.loss", "warmup.noise",
     ]  # fmt: skip
+
+
+def _until(mark):
+    deadline = time.monotonic() + 120
+    while not mark.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return Done({"mark": mark.exists()})
+
+
+def _die(number):
+    os.kill(os.getpid(), number)
+
+
+def test_a_task_that_takes_its_worker_down_takes_no_other_along(tmp_path):
+    workers = LocalProcesses(2, 1)
+    try:
+        innocent = workers.submit(_until, tmp_path / "mark")
+        for number, told in ((signal.SIGKILL, "died of SIGKILL (often: no memory left)"), (signal.SIGTERM, "SIGTERM")):
+            deadly = workers.submit(_die, number)
+            ((handle, came),) = workers.wait([innocent, deadly])
+            assert handle is deadly
+            assert isinstance(came, WorkerLost)
+            assert told in str(came)
+        (tmp_path / "mark").touch()
+        assert workers.wait([innocent]) == [(innocent, Done({"mark": True}))]
+    finally:
+        workers.close()
 
 
 _SCRIPT = """
