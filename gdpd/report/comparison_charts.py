@@ -33,7 +33,7 @@ def critical_difference(name: str, titles: Sequence[str], colours: Sequence[str]
     left, right = order[: (n + 1) // 2], order[: (n + 1) // 2 - 1 : -1]  # each from the top row down
     row, bar, first_row = 15.0, 6.0, 20.0 + 6.0 * len(tested.groups)
     # Unit: points of the page, downwards from the axis; names stand left and right of it.
-    width, beside = 270.0, 6.2 * max(map(len, titles)) + 30
+    width, beside = 270.0 + 10 * max(0, n - 8), 6.2 * max(map(len, titles)) + 30
     depth = first_row + row * max(len(left), 1)
     scale = (width - 2 * beside) / (n - 1)
 
@@ -45,7 +45,7 @@ def critical_difference(name: str, titles: Sequence[str], colours: Sequence[str]
         axes.set_xlim(0, width)
         axes.set_ylim(-depth, 22)
         axes.plot([place(1), place(n)], [0, 0], color=MUTED, linewidth=0.9)
-        step = 1 if n <= 8 else 2
+        step = next((step for step in (1, 2, 4, 5, 10, 20) if step * scale >= 15), 50)  # so that the numbers keep apart
         for rank in range(1, n + 1, step):
             axes.plot([place(rank)] * 2, [0, 4], color=MUTED, linewidth=0.9)
             axes.text(place(rank), 7, str(rank), ha="center", va="bottom", color=MUTED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import itertools
 import re
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from gdpd.experiments import ResultsTable
 from gdpd.experiments.comparison import compare, find_records, table
 from gdpd.experiments.published import PUBLISHED
 from gdpd.experiments.results import RECIPE, Result
+from gdpd.methods import METHODS
 from gdpd.report import build_comparison, comparison_charts, comparison_figures, comparison_tables, svg, template
 from gdpd.training.atomic import write_json
 from made_comparison import make_records, write_records
@@ -346,6 +348,22 @@ def test_the_standings_fit_a_terminal_of_eighty_columns() -> None:
     assert f"{standing.mean[3]:.2f}" in text
     assert f"{standing.ranks[3]:.2f} ({standing.first_places[3]:.3g})" in text
     assert "8 of 8 cells" in " ".join(text.split())
+
+
+def test_tables_and_diagrams_of_all_methods_fit_a_page(tmp_path) -> None:
+    records = make_records(("A", "B", "C"), (0.5,), tuple(METHODS), (1,))
+    text = build_comparison(records, tmp_path / "tables.tex").read_text()
+    check_latex(text)
+    blocks = re.findall(r"\\begin\{tabular\}\{l(r+)\}\n\\toprule\n( & [^\n]*)", text[text.index("tab:read-50") :])
+    assert all(len(columns) <= 8 for columns, _ in blocks)
+    told = [name for _, line in blocks for name in line.removesuffix(" \\\\").split(" & ")[1:]]
+    assert told[: len(METHODS)] == [title for title, _ in METHODS.values()]
+    found = compare(records)
+    (standing,) = found.standings()
+    drawn = comparison_charts.critical_difference("cd", [*METHODS], ["#010101"] * len(METHODS), standing.test)
+    places = [float(x) for x in re.findall(r'<text[^>]*x="([0-9.]+)"[^>]*>\d{1,2}</text>', drawn)]
+    assert len(places) > 5
+    assert min(b - a for a, b in itertools.pairwise(places)) >= 15
 
 
 def test_of_many_rivals_the_first_and_the_best_have_charts() -> None:
