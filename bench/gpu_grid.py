@@ -40,19 +40,28 @@ WIDTHS = (32, 64, 100, 128, 256, 512)
 SELECTED = (100, 512)  # widths at which every GPU, or every precision, stands
 PRECISIONS = ("tf32", "bf16", "fp16", "ieee")
 KERNELS = ("forward", "backward")
-BATCH, PAPER_BATCH = 1024, 64
-SPLIT_PROGRAM = "paper's network, training, a batch of 1024"
+BATCH, PAPER_BATCH, LARGE_BATCH = 1024, 64, 8192
 # Of a width: what is captured, and in which mode.
-PROGRAMS: dict[str, Callable[[int], nn.Module]] = {
+NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "MLP": lambda n: MLPDenoiser(n, (n, n)),
-    "MLP with hidden layers of 256": lambda n: MLPDenoiser(n, (256, 256)),
     "paper's network, evaluation": lambda n: PaperDenoiser(n).eval(),
     "paper's network, training": lambda n: PaperDenoiser(n).train(),
-    SPLIT_PROGRAM: lambda n: PaperDenoiser(n).train(),
     "AdaLN head": lambda n: _head(n),
 }
+_LARGE = {f"{name}, a batch of {LARGE_BATCH}": name for name in NETWORKS}
+# The batch, and the network.
+PROGRAMS: dict[str, tuple[int, Callable[[int], nn.Module]]] = {
+    "MLP": (BATCH, NETWORKS["MLP"]),
+    "MLP with hidden layers of 256": (BATCH, lambda n: MLPDenoiser(n, (256, 256))),
+    "paper's network, evaluation": (BATCH, NETWORKS["paper's network, evaluation"]),
+    "paper's network, training": (PAPER_BATCH, NETWORKS["paper's network, training"]),
+    f"paper's network, training, a batch of {BATCH}": (BATCH, NETWORKS["paper's network, training"]),
+    "AdaLN head": (BATCH, NETWORKS["AdaLN head"]),
+    **{name: (LARGE_BATCH, NETWORKS[network]) for name, network in _LARGE.items()},
+}
 _CONDITION = 32
-ONLY = {"MLP with hidden layers of 256": (100,)}  # the others come in every width
+# The others come in every width.
+ONLY = {"MLP with hidden layers of 256": (100,), **dict.fromkeys(_LARGE, (32, 100))}
 
 
 def _head(width: int) -> nn.Module:
@@ -76,16 +85,16 @@ class Cell:
 
     @property
     def batch(self) -> int:
-        return PAPER_BATCH if self.program == "paper's network, training" else BATCH
+        return PROGRAMS[self.program][0]
 
 
 def grid() -> Iterator[Cell]:
     """A balanced choice: in tf32 every network in all its widths on sm_80 and sm_90; on the other GPUs, and in other
-    precisions on sm_80, at two widths. What is asked for most comes first."""
+    precisions on sm_80, at two widths, those of the large batch in tf32 alone. What is asked for most comes first."""
     for precision, width in product(PRECISIONS, sorted(WIDTHS, key=(100, 512, 64, 32, 256, 128).index)):
         for target, program in product(TARGETS, PROGRAMS):
             always = precision == "tf32" and target in ("sm_80", "sm_90")
-            selected = width in SELECTED and (precision == "tf32" or target == "sm_80")
+            selected = width in SELECTED and (precision == "tf32" or (target == "sm_80" and program not in _LARGE))
             if width in ONLY.get(program, WIDTHS) and (always or selected):
                 yield from (Cell(program, width, target, precision, kernel) for kernel in KERNELS)
 
@@ -95,8 +104,10 @@ def program_of(name: str, width: int) -> DenoiserProgram:
     """The program of a network of the grid."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        cond_features = _CONDITION + 1 if name == "AdaLN head" else None  # beside the condition, the token's index
-        return gk.capture(PROGRAMS[name](width), cond_features=cond_features).program
+        made = PROGRAMS[name][1](width)
+        # Beside the condition, the token's index.
+        cond_features = _CONDITION + 1 if isinstance(made, AdaLNDenoiser) else None
+        return gk.capture(made, cond_features=cond_features).program
 
 
 def source_of(cell: Cell) -> tuple[tiling.Tile, Source, str]:
@@ -194,8 +205,8 @@ def current(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, 
 def tiles_page() -> str:
     """The table of plans and tiles, as the backend chooses them for the networks of the grid."""
     rows = [("network", "batch", "width", "GPU", "plan", "rows × columns of a block", "warps")]
-    for name in (name for name in PROGRAMS if name not in (*ONLY, SPLIT_PROGRAM)):
-        for batch in (PAPER_BATCH, PAPER_BATCH + 1, 8192) if "training" in name else (BATCH, 8192):
+    for name in NETWORKS:
+        for batch in (PAPER_BATCH, PAPER_BATCH + 1, LARGE_BATCH) if "training" in name else (BATCH, LARGE_BATCH):
             for gpu, architecture in (("NVIDIA", "cuda"), ("AMD", "hip")):
                 chosen: dict[tuple[str, str, str], list[int]] = {}
                 for width in WIDTHS:

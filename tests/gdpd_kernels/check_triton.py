@@ -180,12 +180,13 @@ def split_plan() -> None:
 
 
 def split_plan_in_several_blocks_and_tiles() -> None:
-    for programs in (2, 3):  # of four tiles, the last with two rows; of three, two are joined, then one
+    # Four tiles, the last with two rows, of two programs or of three, of which two are joined, then one.
+    for programs, program in ((2, every_operation(18)), (3, random_program(11)), (2, random_program(35))):
         with split(programs):
-            for program in (every_operation(18), random_program(11), random_program(35))[programs - 2 :]:
-                problem = sample_problem(program, batch=25, steps=2, alpha="full", noise=False, eta=0.5, samples=2)
-                assert_held_to_reference(problem, (SAVE_VALUES, SAVE_STATES)[programs % 2])
-            assert_held_to_reference(prior_problem(bottleneck(18, blocks=1), batch=50, prediction="v"))
+            problem = sample_problem(program, batch=25, steps=2, alpha="full", noise=False, eta=0.5, samples=2)
+            assert_held_to_reference(problem, (SAVE_VALUES, SAVE_STATES)[programs % 2])
+    with split(3):
+        assert_held_to_reference(prior_problem(bottleneck(18, blocks=1), batch=50, prediction="v"))
 
 
 def split_plan_keeps_its_bits() -> None:
@@ -267,7 +268,7 @@ def memory() -> None:
             assert_identical(found, {key: expected[key] for key in found})
     with split():
         for problem, saves in (
-            (sample_problem(film(18), batch=40, alpha="full", steps=2), (SAVE_NOTHING, SAVE_VALUES, SAVE_STATES)),
+            (sample_problem(film(18), batch=40, alpha="full", steps=1), (SAVE_NOTHING, SAVE_VALUES, SAVE_STATES)),
             (prior_problem(film(18), batch=40), (SAVE_VALUES,)),
         ):
             problem = problem.to(FLOAT32)
