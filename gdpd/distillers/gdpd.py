@@ -63,7 +63,8 @@ class GDPD(ReverseDistiller):
             beta_schedule="flow" with prediction="v" is a flow-matching prior.
         num_inference_steps, window, timestep_spacing, eta: the sampler's steps, likewise.
         consistency_steps: 0, or the steps of the grid from which a denoiser for few steps is distilled in the second
-            half of the warm-up (`gdpd.consistency`); it takes the place of the prior's in the reverse process.
+            half of the warm-up (`gdpd.consistency`); it takes the place of the prior's in the reverse process. It wants
+            a learning rate of about 3e-4 (docs/method.md).
         backend: backend of both operators.
 
     Raises:
