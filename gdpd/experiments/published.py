@@ -48,3 +48,15 @@ PUBLISHED: dict[float, dict[str, Published]] = {
         "gdpd": Published(89.02, 1.08, 11),
     },
 }
+
+
+class AmongMany(NamedTuple):
+    """GDPD among more methods at one earliness, of which the ranks alone are known."""
+
+    earliness: float
+    others: int
+    rank: float
+    next_rank: float  # no other's is near it
+
+
+AMONG_MANY = AmongMany(0.5, 10, 2.25, 4.0)

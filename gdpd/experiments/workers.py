@@ -146,7 +146,7 @@ class _Process:
             process.join(timeout=5)
             code = process.exitcode
             if code is not None and code < 0:
-                name = signal.Signals(-code).name
+                name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
                 return f"its worker died of {name}" + (" (often: no memory left)" if name == "SIGKILL" else "")
             if code is not None:
                 return f"its worker ended with exit code {code}"

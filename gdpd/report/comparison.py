@@ -16,6 +16,7 @@ from gdpd.options import nearest
 from gdpd.report.cells import write_cells
 from gdpd.report.comparison_figures import FOLLOWING, figures
 from gdpd.report.comparison_tables import (
+    among_many,
     cost_rows,
     coverage,
     dataset_tables,
@@ -105,5 +106,6 @@ def _tables(
         "costs": cost_rows(found),
         "metrics": METRICS,
         "published": published_rows(found, runs, standings),
+        "among_many": among_many(found, runs, standings),
         "paper": {"source": SOURCE, "datasets": DATASETS, "seeds": SEEDS, "model": MODEL},
     }

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gdpd.experiments.comparison import Comparison, Standing
-from gdpd.experiments.published import METHODS, MODEL, PUBLISHED, Published
+from gdpd.experiments.published import AMONG_MANY, METHODS, MODEL, PUBLISHED, Published
 from gdpd.experiments.records import RunRecord
 from gdpd.experiments.statistics import average_ranks, first_places
 
@@ -90,10 +90,9 @@ def published_rows(
 
     Ranks and first places are among the paper's four methods alone, and told only where all four are there.
     """
-    models = {(run.config.get("teacher_model"), run.config.get("student_model")) for run in runs}
     beside = [standing for standing in standings if standing.earliness in PUBLISHED]
     methods = [method for method in METHODS if method in found.methods]
-    if models != {(MODEL, MODEL)} or not beside or len(methods) < 2:
+    if not _papers_networks(runs) or not beside or len(methods) < 2:
         return None
     places = [found.methods.index(method) for method in methods]
     scores = [standing.scores[:, places] for standing in beside]
@@ -107,6 +106,21 @@ def published_rows(
             cells.append((ours, PUBLISHED[standing.earliness or 0][method]))
         rows.append({"method": method, "cells": cells})
     return {"standings": beside, "rows": rows, "seeds": len(found.seeds), "datasets": len(found.datasets)}
+
+
+def among_many(found: Comparison, runs: Sequence[RunRecord], standings: Sequence[Standing]) -> dict[str, Any] | None:
+    """GDPD's average rank and the best of the others at the earliness where the paper has many methods; else None."""
+    at = [standing for standing in standings if standing.earliness == AMONG_MANY.earliness]
+    if not _papers_networks(runs) or not at or "gdpd" not in found.methods or len(found.methods) < 5:
+        return None
+    ranks = dict(zip(found.methods, at[0].ranks, strict=True))
+    rank = ranks.pop("gdpd")
+    best = min(ranks, key=lambda method: ranks[method])
+    return {"paper": AMONG_MANY, "others": len(ranks), "rank": rank, "best": best, "best_rank": ranks[best]}
+
+
+def _papers_networks(runs: Sequence[RunRecord]) -> bool:
+    return {(run.config.get("teacher_model"), run.config.get("student_model")) for run in runs} == {(MODEL, MODEL)}
 
 
 def cost_rows(found: Comparison) -> dict[str, Any]:

@@ -212,6 +212,24 @@ def test_the_papers_numbers_stand_beside_its_own_networks_only(tmp_path) -> None
         assert row["cells"][0][0].rank is None
 
 
+def test_at_half_the_paper_s_rank_among_many_stands_beside_ours(tmp_path, page) -> None:
+    records = make_records(("A", "B", "C"), (0.5,), ("base", "kd", "fits", "at", "gdpd"), (1,))
+    found = compare(records)
+    ranks = dict(zip(found.methods, found.standing(0.5).ranks, strict=True))
+    mine, best = ranks.pop("gdpd"), min(ranks, key=ranks.get)
+    told = Page(build_comparison(records, tmp_path / "r.html").read_text()).words
+    assert "its average rank is 2.25 and no other’s is near 4" in told
+    title = METHODS[best].title
+    assert (
+        f"against 4 on 3 data sets, it is {mine:.2f}, and the best of the others, {title}, has {ranks[best]:.2f}"
+        in told
+    )
+    assert "its average rank is 2.25" in page.words
+    for record in records:
+        record.config["teacher_model"] = "fcn"
+    assert "2.25" not in Page(build_comparison(records, tmp_path / "r.html").read_text()).words
+
+
 @pytest.mark.parametrize(
     ("shape", "charts"),
     [
