@@ -145,7 +145,10 @@ def check_unfinished(folder: Path, jobs: Iterable[Job]) -> None:
         run = folder / "runs" / job.name
         if not (run / "config.json").is_file():
             continue
-        there = RunConfig.from_dict(read_json(run / "config.json"))
+        try:
+            there = RunConfig.from_dict(read_json(run / "config.json"))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{run} was begun by another version ({error}). Delete that folder.") from error
         for name, (now, before) in job.config.differences(there).items():
             raise ValueError(
                 f"{run} was begun with other options: {name} is {before!r} there and {now!r} now. Delete that folder "

@@ -376,6 +376,12 @@ def test_a_killed_grid_leaves_no_worker_behind_and_goes_on_with_the_run_it_was_a
     with pytest.raises(ValueError, match=r"gdpd-s1 was begun with other options: hinton is True there and False now"):
         run_grid(other, folder, workers=0)
     grid = Grid(("ItalyPowerDemand",), (0.5,), ("base", "gdpd"), (1,), options)
+    config = history.parent / "config.json"
+    written = config.read_text()
+    config.write_text(written.replace('"epochs"', '"epoch"'))
+    with pytest.raises(ValueError, match=r"gdpd-s1 was begun by another version \(unknown option 'epoch'"):
+        run_grid(grid, folder, workers=0)
+    config.write_text(written)
     outcomes = run_grid(grid, folder, workers=0, keep_runs=True)
     assert [outcome.status for outcome in outcomes] == ["skipped", "done"]
     assert history.read_text().splitlines()[:2] == before  # their times are in them
