@@ -15,7 +15,7 @@ import numpy as np
 
 from bench.tables import Rows, markdown, write_between_markers
 from gdpd.experiments import Grid, choose, read_grid, read_results, result_records
-from gdpd.experiments.comparison import Comparison, compare
+from gdpd.experiments.comparison import Comparison, Pair, Standing, compare
 from gdpd.experiments.explain import associations, gains
 from gdpd.experiments.published import PUBLISHED
 from gdpd.experiments.records import RunRecord
@@ -25,25 +25,28 @@ from gdpd.methods import method_order, method_title
 from gdpd.training.stages import CHANCE_LEVEL
 
 ROOT = Path(__file__).resolve().parents[1]
-COMPARISON, SEARCH = ROOT / "results" / "comparison.yaml", ROOT / "results" / "loss_ratio.yaml"
+_GRIDS = ROOT / "results"
+COMPARISON, SEARCH = _GRIDS / "comparison.yaml", _GRIDS / "loss_ratio.yaml"
+RELEASE = _GRIDS / "release.yaml"
 FULL = 0.75  # share of the best covered method's runs that a method of the main tables has
 
 
 def progress(grid: Grid, results: Sequence[Result]) -> Rows:
     """How many jobs of each seed and earliness are done, by method; where none has begun, in one row."""
-    planned = Counter((job.key.seed, job.key.earliness, job.label) for job in grid.jobs())
-    keys = {job.key for job in grid.jobs()}
+    jobs = list(grid.jobs())
+    planned = Counter((job.key.seed, job.key.earliness, job.label) for job in jobs)
+    keys = {job.key for job in jobs}
     done = Counter((row.seed, row.earliness, row.method) for row in results if row.key in keys)
     rows: Rows = [("seed", "share read", *(method_title(label) for label in grid.methods))]
     for seed, earliness in itertools.product(grid.seeds, grid.earliness):
         counts = [(seed, earliness, label) for label in grid.methods]
         if any(done[key] for key in counts):
-            rows.append((str(seed), f"{earliness:.0%}", *(f"{done[key]} of {planned[key]}" for key in counts)))
+            rows.append((str(seed), f"{earliness:.0%}", *(f"{done[key]}/{planned[key]}" for key in counts)))
             for key in counts:
                 del planned[key]
     if planned:
         rest = Counter(label for _, _, label in planned.elements())
-        rows.append(("the rest", "", *(f"0 of {rest[label]}" for label in grid.methods)))
+        rows.append(("the rest", "", *(f"0/{rest[label]}" for label in grid.methods)))
     return rows
 
 
@@ -51,8 +54,7 @@ def standings(found: Comparison) -> Rows:
     """Average AUC-PRC, average rank and first places by earliness, the published average beside them."""
     rows: Rows = [("share read", "sets", "method", "AUC-PRC", "rank", "first places", "published, other sets")]
     for standing in found.standings():
-        share = "mean" if standing.earliness is None else f"{standing.earliness:.0%}"
-        best = standing.mean.max()
+        share, best = _share(standing), standing.mean.max()
         for place, method in enumerate(found.methods):
             mean = f"{standing.mean[place]:.2f}"
             told = PUBLISHED.get(standing.earliness or 0, {}).get(method)
@@ -71,13 +73,19 @@ def pairs(found: Comparison, method: str = "gdpd") -> Rows:
     title = method_title(method)
     rows: Rows = [("share read", f"{title} against", "gain, points", "95 %", "better–same–worse", "p, Holm")]
     for standing in found.standings():
-        share = "mean" if standing.earliness is None else f"{standing.earliness:.0%}"
         for number, pair in enumerate(found.pairs(standing, method) if method in found.methods else ()):
-            bounds = f"{pair.gain.low:+.2f} to {pair.gain.high:+.2f}" if pair.bounded else ""
-            counts, p = "–".join(map(str, pair.counts)), "" if pair.p is None else _p(pair.p)
-            gain = f"{pair.gain.mean:+.2f}"
-            rows.append((share if not number else "", method_title(pair.other), gain, bounds, counts, p))
+            rows.append(("" if number else _share(standing), method_title(pair.other), *_gain(pair)))
     return rows
+
+
+def _share(standing: Standing) -> str:
+    return "mean" if standing.earliness is None else f"{standing.earliness:.0%}"
+
+
+def _gain(pair: Pair) -> tuple[str, str, str, str]:
+    """Gain, bounds, counts and p of a pair, as cells of a table."""
+    bounds = f"{pair.gain.low:+.2f} to {pair.gain.high:+.2f}" if pair.bounded else ""
+    return f"{pair.gain.mean:+.2f}", bounds, "–".join(map(str, pair.counts)), "" if pair.p is None else _p(pair.p)
 
 
 def cells(found: Comparison) -> Rows:
@@ -255,28 +263,78 @@ def tables(file: Path, folder: Path) -> dict[str, str]:
     }
     told = {name: markdown(rows) for name, rows in made.items()}
     told["variants"] = _variants(varied, runs, full, chosen)
-    behind = [_beside(runs, full, method, method_title(method)) for method in late]
+    behind = [_beside(runs, [*full, method], method_title(method), against=method) for method in late]
     told["late"] = "\n\n".join(behind) or "All methods are in the tables above."
     return told
 
 
 def _variants(labels: Sequence[str], runs: Sequence[RunRecord], full: Sequence[str], chosen: Sequence[Result]) -> str:
-    """Each variant of a method that has run, beside the methods of the main tables, and its prior if any."""
-    told = []
-    for label in labels:
-        if any(run.method == label for run in runs):
-            learned = prior(chosen, [name for name in ("base", "kd", "gdpd") if name in full], label)
-            told += [_beside(runs, full, label, f"`{label}`"), *([markdown(learned)] if len(learned) > 1 else [])]
-    return "\n\n".join(told) or "No variant has run."
+    """The variants that have run: each against GDPD, the standings of what all have, and priors that were learned."""
+    begun = [label for label in labels if any(run.method == label for run in runs)]
+    if not begun:
+        return "No variant has run."
+    told = [markdown(variant_pairs(runs, begun)), _beside(runs, [*full, *begun], "All of them together")]
+    for label in begun:
+        learned = prior(chosen, [name for name in ("base", "kd", "gdpd") if name in full], label)
+        told += [f"The prior of `{label}`:", markdown(learned)] if len(learned) > 1 else []
+    return "\n\n".join(told)
 
 
-def _beside(runs: Sequence[RunRecord], full: Sequence[str], method: str, title: str) -> str:
-    """A method with fewer runs, beside those of the main tables, where all of these ran too."""
+def variant_pairs(runs: Sequence[RunRecord], variants: Sequence[str]) -> Rows:
+    """GDPD against each variant, on all that the two have run; p of Wilcoxon's test over data sets, not adjusted."""
+    rows: Rows = [
+        ("variant", "share read", "runs", "AUC-PRC", "GDPD's", "GDPD's gain, points", "95 %", "better–same–worse", "p")
+    ]
+    for variant in variants:
+        try:
+            found = compare(run for run in runs if run.method in ("gdpd", variant))
+        except ValueError:  # no cell that both have
+            continue
+        for number, standing in enumerate(found.standings() if len(found.methods) == 2 else ()):
+            (pair,) = found.pairs(standing, "gdpd")
+            mean = dict(zip(found.methods, standing.mean, strict=True))
+            at = slice(None) if standing.earliness is None else found.earliness.index(standing.earliness)
+            rows.append(
+                (
+                    "" if number else f"`{variant}`", _share(standing), str(found.paired[:, at].sum()),
+                    f"{mean[variant]:.2f}", f"{mean['gdpd']:.2f}", *_gain(pair),
+                )
+            )  # fmt: skip
+    return rows
+
+
+def protocols(ours: Sequence[RunRecord], theirs: Sequence[RunRecord]) -> Rows:
+    """The methods under two protocols, on the data sets, shares and seeds that all of them have under both."""
+    rows: Rows = [("share read", "sets", "runs", "method", "this page's", "the release's", "published, other sets")]
+    methods = {run.method for run in ours} & {run.method for run in theirs}
+    have = Counter((run.dataset, run.earliness, run.seed) for run in (*ours, *theirs) if run.method in methods)
+    common = {cell for cell, count in have.items() if count == 2 * len(methods)}
+    if not common:
+        return rows
+    here, there = (
+        compare(r for r in runs if r.method in methods and (r.dataset, r.earliness, r.seed) in common)
+        for runs in (ours, theirs)
+    )
+    for ours_at, theirs_at in zip(here.standings(), there.standings(), strict=True):
+        at = slice(None) if ours_at.earliness is None else here.earliness.index(ours_at.earliness)
+        for place, method in enumerate(here.methods):
+            told = PUBLISHED.get(ours_at.earliness or 0, {}).get(method)
+            first = (_share(ours_at), str(len(ours_at.datasets)), str(here.paired[:, at].sum()))
+            means = (f"**{s.mean[place]:.2f}**" if s.mean[place] == s.mean.max() else f"{s.mean[place]:.2f}"
+                     for s in (ours_at, theirs_at))  # fmt: skip
+            title = method_title(method)
+            rows.append((*(("", "", "") if place else first), title, *means, f"{told.auc_prc:.2f}" if told else ""))
+    return rows
+
+
+def _beside(runs: Sequence[RunRecord], methods: Sequence[str], title: str, against: str = "") -> str:
+    """How some methods stand where all of them ran, and one of them against each other."""
     try:
-        found = compare(run for run in runs if run.method in (*full, method))
+        found = compare(run for run in runs if run.method in methods)
     except ValueError:
         return f"{title}: no cell yet that all methods have."
-    return "\n\n".join([f"{title}, {_covered(found)}:", markdown(standings(found)), markdown(pairs(found, method))])
+    paired = [markdown(pairs(found, against))] if against else []
+    return "\n\n".join([f"{title}, {_covered(found)}:", markdown(standings(found)), *paired])
 
 
 def _covered(found: Comparison) -> str:
@@ -289,6 +347,22 @@ def search(file: Path) -> str:
     return markdown(trials(read_grid(file), read_results(file.with_suffix(""))))
 
 
+def release(file: Path, comparison: Path) -> str:
+    """The comparison's runs beside those by the release's protocol, as Markdown; see `protocols` and `pairs`."""
+    theirs = result_records(file.with_suffix(""))
+    beside = protocols(result_records(comparison.with_suffix("")), theirs)
+    told = "GDPD against the others, by the release's protocol:"
+    return "\n\n".join([markdown(beside), told, markdown(pairs(compare(theirs)))])
+
+
+def all_tables() -> dict[str, str]:
+    """Every table of docs/results.md, by the name of its markers."""
+    return tables(COMPARISON, COMPARISON.with_suffix("")) | {
+        "search": search(SEARCH),
+        "release": release(RELEASE, COMPARISON),
+    }
+
+
 def main() -> None:
     """Write the tables into docs/results.md."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -296,9 +370,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="folder of the results table (default: beside the file)")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md")
     asked = parser.parse_args()
-    made = tables(asked.file, asked.folder or asked.file.with_suffix(""))
-    if asked.file == COMPARISON:
-        made["search"] = search(SEARCH)
+    whole = asked.file == COMPARISON and asked.folder is None
+    made = all_tables() if whole else tables(asked.file, asked.folder or asked.file.with_suffix(""))
     for name, table in made.items():
         write_between_markers(asked.page, name, table)
     print(f"tables written: {asked.page}")

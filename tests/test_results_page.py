@@ -1,4 +1,4 @@
-"""The results page says what the committed table says, and its tables what any table says."""
+"""The results page says what the committed tables say, and its tables what any table says."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from bench import gdpd_variants
 from bench import results as page
-from gdpd.experiments import Result, ResultsTable
+from gdpd.experiments import Result, ResultsTable, result_records
 from gdpd.training.atomic import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -17,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_the_page_is_what_the_committed_tables_give():
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    made = page.tables(page.COMPARISON, page.COMPARISON.with_suffix("")) | {"search": page.search(page.SEARCH)}
+    made = page.all_tables()
     assert set(re.findall(r"<!-- begin (\w+) -->", text)) == set(made)
     for name in made:
         written = text.split(f"<!-- begin {name} -->")[1].split(f"<!-- end {name} -->")[0]
@@ -70,7 +71,7 @@ def table(text: str) -> list[list[str]]:
 
 def test_tables_say_what_ran_how_methods_stand_and_what_goes_with_a_gain(grid):
     made = {name: table(text) for name, text in page.tables(grid, grid.with_suffix("")).items()}
-    assert made["progress"] == [["1", "20%", *["6 of 6"] * 3], ["2", "20%", "6 of 6", "6 of 6", "5 of 6"]]
+    assert made["progress"] == [["1", "20%", *["6/6"] * 3], ["2", "20%", "6/6", "6/6", "5/6"]]
     base, kd, gdpd = made["standings"]
     seeds = (5 * 1.5 + 1) / 6  # the mean over the seeds that all methods have
     assert gdpd[2:] == ["GDPD", f"**{seeds + 75 + 2 * 2.5:.2f}**", "1.00", "6", "73.83"]
@@ -125,19 +126,38 @@ def test_variants_of_a_method_have_tables_of_their_own(grid):
                 rows.add(replace(row, method="gdpd-x", options={"method": "gdpd"}, auc_prc=row.auc_prc + 1))
     made = page.tables(grid, grid.with_suffix(""))
     assert made["standings"] == before["standings"]
-    covered, standings, pairs, priors = made["variants"].split("\n\n")
-    assert covered == "`gdpd-x`, 6 of 6 cells, 11 runs of each method:"
+    pairs, covered, standings, titled, priors = made["variants"].split("\n\n")
+    (row,) = table(pairs)
+    means = [float(cell) for cell in row[3:5]]
+    assert row[:3] == ["`gdpd-x`", "20%", "11"]
+    assert means[0] - means[1] == pytest.approx(1.0)
+    assert (row[5], row[7], row[8]) == ("-1.00", "0–0–6", "0.031")
+    assert covered == "All of them together, 6 of 6 cells, 11 runs of each method:"
     assert [row[2] for row in table(standings)] == ["Base", "Base-KD", "GDPD", "gdpd-x"]
-    gained = {row[1]: (row[2], row[4]) for row in table(pairs)}
-    assert gained["GDPD"] == ("+1.00", "6–0–0")
+    assert titled == "The prior of `gdpd-x`:"
     assert table(priors)[0][0] == "Set4"
     assert table(priors)[0][-1] == "+1.0"  # over GDPD
+
+
+def test_two_protocols_are_told_side_by_side_on_what_both_have(grid):
+    ours = result_records(grid.with_suffix(""))
+    theirs = [
+        replace(run, metrics={**run.metrics, "auc_prc": run.metrics["auc_prc"] - (20 if run.method == "gdpd" else 0)})
+        for run in ours
+        if run.dataset != "Set0"
+    ]
+    base, kd, gdpd = [[cell.strip() for cell in row] for row in page.protocols(ours, theirs)[1:]]
+    assert base[:4] == ["20%", "5", "9", "Base"]
+    assert kd[3:6] == ["Base-KD", kd[4], f"**{kd[4]}**"]
+    assert float(gdpd[4].strip("*")) - float(gdpd[5]) == pytest.approx(20)
+    assert gdpd[6] == "73.83"
+    assert page.protocols(ours, []) == page.protocols([], theirs) == [page.protocols(ours, theirs)[0]]
 
 
 def test_what_has_not_begun_is_one_row(grid):
     grid.write_text(grid.read_text().replace("earliness: [0.2]", "earliness: [0.4, 0.2, 0.8]"))
     made = table(page.tables(grid, grid.with_suffix(""))["progress"])
-    assert [row[:3] for row in made] == [["1", "20%", "6 of 6"], ["2", "20%", "6 of 6"], ["the rest", "", "0 of 24"]]
+    assert [row[:3] for row in made] == [["1", "20%", "6/6"], ["2", "20%", "6/6"], ["the rest", "", "0/24"]]
 
 
 def test_a_method_that_has_just_begun_has_tables_of_its_own(grid):
@@ -166,3 +186,23 @@ def test_tables_go_between_the_markers_of_the_page(grid, tmp_path, monkeypatch, 
     assert "old" not in copy.read_text()
     assert "| GDPD |" in copy.read_text()
     assert str(copy) in capsys.readouterr().out
+
+
+def test_the_table_of_gdpd_s_variants_is_that_of_their_committed_runs():
+    text = gdpd_variants.PAGE.read_text(encoding="utf-8")
+    written = text.split(f"<!-- begin {gdpd_variants.MARKER} -->")[1].split("<!-- end")[0]
+    assert written.strip() == gdpd_variants.table(gdpd_variants.GRID), "run `python -m bench.gdpd_variants`"
+
+
+def test_a_variant_is_told_by_its_gain_over_gdpd_and_its_time(grid):
+    runs = [
+        replace(run, metrics={**run.metrics, "cpu_seconds": 3.0}) if run.method == "kd" else run
+        for run in result_records(grid.with_suffix(""))
+    ]
+    header, base, kd, gdpd = gdpd_variants.rows(runs, ["base", "kd", "gdpd"])
+    assert header[1:8] == (*(f"Set{place}" for place in range(6)), "mean")
+    assert base[8] == "-17.5"
+    assert (kd[0], kd[10], base[10]) == ("Base-KD", "3.00", "1.00")
+    assert (gdpd[0], gdpd[8], gdpd[9]) == ("GDPD", "", "")
+    assert float(gdpd[7]) - float(base[7]) == pytest.approx(17.5, abs=0.11)
+    assert gdpd_variants.spread(runs) == pytest.approx(0.5**0.5)  # a set with one seed has none
