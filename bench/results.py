@@ -27,7 +27,7 @@ from gdpd.training.stages import CHANCE_LEVEL
 ROOT = Path(__file__).resolve().parents[1]
 _GRIDS = ROOT / "results"
 COMPARISON, SEARCH = _GRIDS / "comparison.yaml", _GRIDS / "loss_ratio.yaml"
-RELEASE = _GRIDS / "release.yaml"
+RELEASE, BASELINES = _GRIDS / "release.yaml", _GRIDS / "baselines.yaml"
 FULL = 0.75  # share of the best covered method's runs that a method of the main tables has
 
 
@@ -355,11 +355,18 @@ def release(file: Path, comparison: Path) -> str:
     return "\n\n".join([markdown(beside), told, markdown(pairs(compare(theirs)))])
 
 
+def baselines(file: Path) -> str:
+    """How all methods stand in the grid of `file`, as Markdown; see `standings` and `pairs`."""
+    found = compare(result_records(file.with_suffix("")))
+    return "\n\n".join([f"{_covered(found)}:", markdown(standings(found)), markdown(pairs(found))])
+
+
 def all_tables() -> dict[str, str]:
     """Every table of docs/results.md, by the name of its markers."""
     return tables(COMPARISON, COMPARISON.with_suffix("")) | {
         "search": search(SEARCH),
         "release": release(RELEASE, COMPARISON),
+        "baselines": baselines(BASELINES),
     }
 
 
