@@ -12,21 +12,19 @@ import numpy as np
 
 from bench.tables import Rows, markdown, write_between_markers
 from gdpd.experiments import read_grid, result_records
-from gdpd.experiments.comparison import compare
-from gdpd.experiments.records import RunRecord
+from gdpd.experiments.comparison import SCORE, Comparison, compare
 from gdpd.methods import method_title
 
 ROOT = Path(__file__).resolve().parents[1]
 GRID, PAGE, MARKER = ROOT / "results" / "gdpd_variants.yaml", ROOT / "docs" / "method.md", "variants"
 
 
-def rows(runs: Sequence[RunRecord], labels: Sequence[str]) -> Rows:
+def rows(found: Comparison, labels: Sequence[str]) -> Rows:
     """Each method's AUC-PRC by data set and on their mean, its gain over GDPD, and processor time over GDPD's.
 
     Means over the seeds that all have; bounds of the gain resample data sets and seeds; of times, the geometric mean
     over data sets.
     """
-    found = compare(runs)
     (standing,) = found.standings()
     gains = found.interval(standing.earliness, relative_to="gdpd")
     times = found.cost_ratios("cpu_seconds", "gdpd")
@@ -43,18 +41,18 @@ def rows(runs: Sequence[RunRecord], labels: Sequence[str]) -> Rows:
     return made
 
 
-def spread(runs: Sequence[RunRecord]) -> float:
-    """Standard deviation of GDPD over its seeds, percent of AUC-PRC, mean over data sets."""
-    mine = [run for run in runs if run.method == "gdpd"]
-    by_set = [[run.metrics["auc_prc"] for run in mine if run.dataset == name] for name in {r.dataset for r in mine}]
-    return float(np.mean([np.std(scores, ddof=1) for scores in by_set if len(scores) > 1]))
+def spread(found: Comparison) -> float:
+    """Standard deviation of GDPD over its seeds, percent of AUC-PRC, mean over data sets with two seeds or more."""
+    (scores,) = found.values[SCORE][..., found.methods.index("gdpd")].swapaxes(0, 1)  # of the one earliness
+    several = np.isfinite(scores).sum(axis=1) > 1
+    return float(np.nanstd(scores[several], axis=1, ddof=1).mean())
 
 
 def table(file: Path) -> str:
     """The table of a grid's file, as Markdown."""
-    runs = result_records(file.with_suffix(""))
-    told = f"GDPD's own seeds differ by {spread(runs):.1f} points (standard deviation, mean over data sets)."
-    return "\n\n".join([markdown(rows(runs, read_grid(file).methods)), told])
+    found = compare(result_records(file.with_suffix("")))
+    told = f"GDPD's own seeds differ by {spread(found):.1f} points (standard deviation, mean over data sets)."
+    return "\n\n".join([markdown(rows(found, read_grid(file).methods)), told])
 
 
 def main() -> None:
